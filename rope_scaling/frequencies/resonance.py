@@ -1,0 +1,47 @@
+"""Resonance RoPE."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.frequencies.base import FrequencyMethod
+from rope_scaling.geometry import RopeGeometry, default_inv_freq
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resonance(FrequencyMethod):
+    """Resonance RoPE: every wavelength rounded to a whole number of tokens, on top of another method
+    ([paper](https://huggingface.co/papers/2403.00071)).
+
+    `theta''_i = 2 pi / round(2 pi / theta'_i)`, halves rounded to even; a pair that stands still stays so.
+    """
+
+    name: ClassVar[str] = "resonance"
+    paper: ClassVar[str] = "https://huggingface.co/papers/2403.00071"
+    changes: ClassVar[str] = "wavelengths rounded to whole tokens, on top of another method"
+    needs_training: ClassVar[str] = "helps"
+
+    wrapped: FrequencyMethod | None = None
+    """The method below; the pretrained frequencies if not given."""
+
+    def __post_init__(self) -> None:
+        if self.wrapped is not None and not isinstance(self.wrapped, FrequencyMethod):
+            raise RopeScalingError(
+                f"`wrapped` must be a frequency method such as `Yarn(factor=4)`; got {self.wrapped!r}. "
+                'By name: `patch(model, "resonance", wrapped="yarn", factor=4)`.'
+            )
+
+    @property
+    def factor(self) -> float | None:
+        """The wrapped method's factor, if it has one."""
+        return getattr(self.wrapped, "factor", None)
+
+    def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
+        inv_freq, attention_factor = self.wrapped.frequencies(geometry) if self.wrapped else (default_inv_freq(geometry), 1.0)
+        wavelengths = (2 * math.pi / inv_freq).round()
+        return 2 * math.pi / wavelengths, attention_factor

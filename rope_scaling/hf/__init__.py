@@ -1,0 +1,1 @@
+"""Everything that touches Transformers: reading a model, patching it, saving the patch with it."""

@@ -1,0 +1,162 @@
+"""What is in effect on a model, in words and numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from rope_scaling.geometry import default_inv_freq
+from rope_scaling.hf.patch import Patch, applied_patch
+from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, changed_fields, pretrained_settings, read_pretrained
+from rope_scaling.hf.rotary import Slot, rotary_slots
+
+
+@dataclass(frozen=True)
+class SlotDescription:
+    """What is in effect on one rotary module, or one layer type of it; frequencies as read back from the module."""
+
+    module: str
+    layer_type: str | None
+    method: str
+    """The method in effect with its fields, or how the checkpoint arrived."""
+    original_length: int
+    """Trained length, in tokens."""
+    reach: int
+    """Length that the checkpoint reads as it arrives, in tokens."""
+    target_length: int
+    """Length that it is meant to read now, in tokens."""
+    attention_factor: float
+    arithmetic: str
+    """How the frequencies were arrived at."""
+    reload: str
+    """How plain Transformers gets the same frequencies from a saved folder."""
+    inv_freq: torch.Tensor
+    """`[R / 2]`, float32."""
+    pretrained_inv_freq: torch.Tensor
+    """`[R / 2]`, float32."""
+
+    def pair_table(self) -> str:
+        """One line a pair: index, wavelength as trained and now in tokens, slow-down, turns within trained and target length."""
+        lines = ["  pair   wavelength      now     slow-down   turns in trained / target length"]
+        for index, (old, new) in enumerate(zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)):
+            stands = abs(new) < 1e-30
+            now = "stands still" if stands else f"{2 * math.pi / new:12.2f}"
+            slower = "         " if stands or not old else f"x{old / new:8.4f}"
+            turns = f"{self.reach * old / (2 * math.pi):10.2f} / {self.target_length * new / (2 * math.pi):.2f}"
+            lines.append(f"  {index:4d} {2 * math.pi / old if old else math.inf:12.2f} {now:>12s}  {slower}  {turns}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        where = f"{self.module} ({self.layer_type})" if self.layer_type else self.module
+        return "\n".join(
+            [
+                f"{where}: {self.method}",
+                f"  length            {self.original_length} trained, {self.reach} as it arrived, {self.target_length} now",
+                f"  attention factor  {self.attention_factor:.6g}",
+                f"  frequencies       {len(self.inv_freq)} pairs, {self.inv_freq.dtype}, on {self.inv_freq.device}: {self.arithmetic}",
+                f"  saved             {self.reload}",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found; `str()` of it is what `describe` prints."""
+
+    model: str
+    slots: tuple[SlotDescription, ...]
+    untouched: tuple[str, ...]
+    """Layer types that keep their pretrained frequencies beside patched ones."""
+
+    def __str__(self) -> str:
+        text = "\n".join([self.model, *map(str, self.slots)])
+        return text + (f"\n  untouched         {', '.join(self.untouched)}" if self.untouched else "")
+
+    def __repr__(self) -> str:
+        return f"<Description of {self.model}: {'; '.join(slot.method for slot in self.slots)}>"
+
+
+def describe(model: nn.Module, pairs: bool = False) -> Description:
+    """Prints which scaling is in effect on a model, read back from its modules, and returns it.
+
+    Args:
+        model (`nn.Module`): A loaded Transformers model, patched or not, bare or wrapped.
+        pairs (`bool`, *optional*, defaults to `False`): Also print the table of every rotated pair.
+
+    Raises:
+        RopeScalingError: the model has no RoPE, or its config no length.
+    """
+    description = read_description(model)
+    print(description)
+    if pairs:
+        for slot in description.slots:
+            print(slot.pair_table())
+    return description
+
+
+def read_description(model: nn.Module) -> Description:
+    """As `describe`, without printing."""
+    slots = rotary_slots(model)
+    applied = applied_patch(slots)
+    if applied is None:
+        found = [_describe_unpatched(slot) for slot in slots]
+        return Description(type(model).__name__, tuple(found), ())
+    changes = {slot: applied.patches.get((slot.path, slot.layer_type)) for slot in slots}
+    described = tuple(_describe_patched(slot, change) for slot, change in changes.items() if change)
+    untouched = tuple(sorted({slot.layer_type for slot, change in changes.items() if not change and slot.layer_type}))
+    return Description(type(model).__name__, described, untouched)
+
+
+def method_text(method: Any) -> str:
+    """A method as one would write it: `yarn(factor=4)`; lists are shortened to their length."""
+    values = changed_fields(method)
+    shown = {
+        name: f"<{len(value)} numbers>" if isinstance(value, tuple) else method_text(value) if hasattr(value, "name") else f"{value:g}" if isinstance(value, float) else value
+        for name, value in values.items()
+    }
+    return f"{method.name}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def _describe_patched(slot: Slot, change: Patch) -> SlotDescription:
+    pretrained = change.pretrained
+    rope_type = change.extension.rope_parameters["rope_type"]
+    return SlotDescription(
+        module=slot.path,
+        layer_type=slot.layer_type,
+        method=method_text(change.method),
+        original_length=pretrained.geometry.original_max_position_embeddings,
+        reach=pretrained.reach,
+        target_length=change.target_length,
+        attention_factor=slot.attention_factor,
+        arithmetic=change.extension.arithmetic,
+        reload=f"plain Transformers reloads it, as rope_type {rope_type!r}",
+        inv_freq=slot.inv_freq,
+        pretrained_inv_freq=pretrained.inv_freq,
+    )
+
+
+def _describe_unpatched(slot: Slot) -> SlotDescription:
+    config = slot.module.config
+    saved_patched = hasattr(config, RECORD_KEY)
+    pretrained: Pretrained = read_pretrained(slot, pretrained_settings(config))
+    arrived = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
+    if saved_patched:
+        arrived = f"saved with {config.rope_scaling_patch['method']['name']}; `patch(model)` makes it live"
+    current = config.rope_parameters[slot.layer_type] if slot.layer_type else config.rope_parameters
+    return SlotDescription(
+        module=slot.path,
+        layer_type=slot.layer_type,
+        method=arrived,
+        original_length=pretrained.geometry.original_max_position_embeddings,
+        reach=pretrained.reach,
+        target_length=config.max_position_embeddings if saved_patched else pretrained.reach,
+        attention_factor=slot.attention_factor,
+        arithmetic="both sets by length of the call" if pretrained.length_dependent else f"rope_type {current['rope_type']!r}",
+        reload=f"plain Transformers reloads it, as rope_type {current['rope_type']!r}",
+        inv_freq=slot.inv_freq,
+        pretrained_inv_freq=default_inv_freq(pretrained.geometry).float(),
+    )

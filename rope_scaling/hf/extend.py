@@ -1,0 +1,127 @@
+"""From a pretrained slot and a method to frequencies that plain Transformers will compute alike."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.frequencies import FrequencyMethod
+from rope_scaling.frequencies.base import longrope_parameters
+from rope_scaling.geometry import default_inv_freq
+from rope_scaling.hf.pretrained import Pretrained, changed_fields, config_with, host_frequencies
+from rope_scaling.hf.rotary import Slot
+
+
+_TOLERANCE = 2e-6
+"""Relative difference that float32 arithmetic in another order may make."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What one slot gets, and how it was arrived at."""
+
+    inv_freq: torch.Tensor
+    """`[R / 2]`, float32, bit for bit what plain Transformers computes from `rope_parameters`."""
+    attention_factor: float
+    rope_parameters: dict[str, Any]
+    """The slot's part of the config to save."""
+    arithmetic: str
+    """In words: what was multiplied with what."""
+
+
+def target_length(pretrained: Pretrained, method: FrequencyMethod, given: int | None) -> int:
+    """The length that a patched model is meant for, in tokens.
+
+    Raises:
+        RopeScalingError: the given length is below what the model reads already, or contradicts the method's own factor.
+    """
+    factor = getattr(method, "factor", None)
+    derived = int(pretrained.reach * factor) if factor else pretrained.reach
+    if given is None:
+        return derived
+    if given < pretrained.reach:
+        raise RopeScalingError(
+            f"`target_length` is {given}, but the model reads {pretrained.reach} tokens as it is; "
+            f"give at least {pretrained.reach}."
+        )
+    if factor and abs(given - pretrained.reach * factor) >= 1:
+        raise RopeScalingError(
+            f"`target_length` is {given}, but the method's factor {factor:g} times {pretrained.reach} tokens is {derived}. "
+            "Give one of the two."
+        )
+    return given
+
+
+def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: int) -> Extension:
+    """Applies a method to a slot as it arrived.
+
+    A model without scaling gets the method as it is. One that arrives scaled by the same method gets one such method,
+    with the factors multiplied and the first trained length kept. One that arrives scaled by another method keeps its
+    frequencies, and they are multiplied by what the new method does to a model trained at the length it reads now.
+
+    Raises:
+        RopeScalingError: the method cannot be computed for this model, or no config could express it.
+    """
+    geometry = pretrained.geometry
+    inv_freq, attention_factor, native, arithmetic = _closed_form(pretrained, method)
+    fallback = longrope_parameters(geometry, inv_freq, attention_factor, length / geometry.original_max_position_embeddings)
+    refusals = []
+    for candidate in (native, fallback):
+        parameters = {**pretrained.other_parameters, "rope_theta": geometry.rope_theta, **(candidate or fallback)}
+        try:
+            nested = _nested(slot, parameters)
+            found, found_factor = host_frequencies(slot, config_with(slot, nested, length), length=None)
+        except Exception as error:  # noqa: BLE001  a config class may refuse a type in any way; the next form may do
+            refusals.append(f"{parameters['rope_type']}: {error}")
+            continue
+        if matches(found, inv_freq) and abs(found_factor - attention_factor) <= _TOLERANCE * abs(attention_factor):
+            return Extension(found, found_factor, parameters, arithmetic)
+        refusals.append(f"{parameters['rope_type']}: Transformers computes other frequencies from it")
+    raise RopeScalingError(
+        f"{type(slot.module.config).__name__} cannot express {method.name!r}, so a saved model would lose it. "
+        f"Tried {'; '.join(refusals)}."
+    )
+
+
+def matches(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether frequencies agree to float32 rounding; a pair that stands still may turn by less than 1e-30 a token."""
+    return found.shape == wanted.shape and torch.allclose(found.double().cpu(), wanted.double(), rtol=_TOLERANCE, atol=1e-30)
+
+
+def _closed_form(
+    pretrained: Pretrained, method: FrequencyMethod
+) -> tuple[torch.Tensor, float, dict[str, Any] | None, str]:
+    """Frequencies in float64, attention factor, the native form if there is one, and the arithmetic in words."""
+    geometry, arrived = pretrained.geometry, pretrained.method
+    length, reach = geometry.original_max_position_embeddings, pretrained.reach
+    if arrived is None:
+        inv_freq, attention_factor = method.frequencies(geometry)
+        return inv_freq, attention_factor, method.rope_parameters(geometry), f"{method.name} over {length} trained tokens"
+    if type(arrived) is type(method) and hasattr(method, "factor") and method.name != "longrope":
+        own = {key: value for key, value in changed_fields(method).items() if key != "factor"}
+        merged = replace(arrived, **own, factor=arrived.factor * method.factor)  # type: ignore[attr-defined]
+        inv_freq, attention_factor = merged.frequencies(geometry)
+        arithmetic = (
+            f"arrived with {arrived.name} x{arrived.factor:g} over {length} tokens; "  # type: ignore[attr-defined]
+            f"x{method.factor:g} more makes {arrived.name} x{merged.factor:g} over {length} tokens"  # type: ignore[attr-defined]
+        )
+        return inv_freq, attention_factor, merged.rope_parameters(geometry), arithmetic
+    as_trained = replace(geometry, original_max_position_embeddings=reach)
+    scaled, factor = method.frequencies(as_trained)
+    inv_freq = pretrained.inv_freq.double() * scaled / default_inv_freq(geometry)
+    arithmetic = (
+        f"arrived with {arrived.name}, which reads {reach} tokens; kept, and multiplied pair by pair with what "
+        f"{method.name} does to a model trained at {reach} tokens"
+    )
+    return inv_freq, pretrained.attention_factor * factor, None, arithmetic
+
+
+def _nested(slot: Slot, parameters: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` in the place where the slot's config has them."""
+    if not slot.layer_type:
+        return parameters
+    return {**copy.deepcopy(slot.module.config.rope_parameters), slot.layer_type: parameters}  # type: ignore[union-attr, operator]

@@ -1,0 +1,184 @@
+"""How a model arrived: its geometry, the scaling it already has, and how far that reaches. Read from its config alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.frequencies import FrequencyMethod, method_class
+from rope_scaling.geometry import RopeGeometry
+from rope_scaling.hf.rotary import Slot
+
+
+RECORD_KEY = "rope_scaling_patch"
+"""Where a patched model's config keeps the readable record of the method."""
+
+_NATIVE_METHODS = {"linear": "linear", "yarn": "yarn", "llama3": "llama3", "longrope": "longrope", "proportional": "p_rope"}
+_SCALING_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
+    *("low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A slot as the checkpoint defines it, before this library changed anything."""
+
+    geometry: RopeGeometry
+    """With the length that the frequencies were first trained at."""
+    reach: int
+    """The length that the checkpoint reads as it arrives, in tokens; above the trained length if it arrives scaled."""
+    method: FrequencyMethod | None
+    """The scaling it arrives with."""
+    rope_parameters: dict[str, Any]
+    """The slot's own part of `config.rope_parameters`."""
+    inv_freq: torch.Tensor
+    """Frequencies as Transformers computes them from the config, `[R / 2]`, float32; at its reach, if they vary."""
+    attention_factor: float
+    length_dependent: bool
+    """Whether Transformers changes the frequencies with the length of the call."""
+
+    @property
+    def other_parameters(self) -> dict[str, Any]:
+        """What else stands in `rope_parameters` and has to stay: `partial_rotary_factor`, `mrope_section` and the like."""
+        return {key: value for key, value in self.rope_parameters.items() if key not in _SCALING_KEYS}
+
+
+def pretrained_settings(config: Any) -> dict[str, Any]:
+    """`max_position_embeddings` and `rope_parameters` of the checkpoint as it was before any patch of ours."""
+    record = getattr(config, RECORD_KEY, None)
+    if record is not None:
+        return copy.deepcopy(record["pretrained"])
+    return {
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "rope_parameters": copy.deepcopy(getattr(config, "rope_parameters", None)),
+    }
+
+
+def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int | None = None) -> Pretrained:
+    """Reads a slot from the settings of its config.
+
+    Args:
+        slot (`Slot`): Rotary module and layer type.
+        settings (`dict[str, Any]`): What `pretrained_settings` gave.
+        original_length (`int`, *optional*): Trained length in tokens, for a config that has none or a wrong one.
+
+    Raises:
+        RopeScalingError: the config has no length or no RoPE parameters, or the scaling it arrives with is unknown or
+            depends on the length of the call.
+    """
+    parameters = settings["rope_parameters"] or {}
+    parameters = dict(parameters[slot.layer_type] if slot.layer_type else parameters)
+    if not parameters.get("rope_theta"):
+        raise RopeScalingError(f"The config of {type(slot.module).__name__} has no `rope_parameters` with a `rope_theta`.")
+    config = config_with(slot, settings["rope_parameters"], settings["max_position_embeddings"])
+    maximum = settings["max_position_embeddings"]
+    original = original_length or parameters.get("original_max_position_embeddings") or maximum
+    if not original:
+        raise RopeScalingError(
+            "The model's config has no trained length: neither `max_position_embeddings` nor "
+            "`original_max_position_embeddings` is set. Pass it: `patch(..., original_max_position_embeddings=4096)`."
+        )
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type.startswith("dynamic"):
+        raise RopeScalingError(
+            f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the call, so "
+            "there is no table to scale. Load it with plain frequencies: `from_pretrained(..., rope_parameters="
+            f'{{"rope_type": "default", "rope_theta": {parameters["rope_theta"]}}})`.'
+        )
+    inv_freq, attention_factor = host_frequencies(slot, config, length=int(original) + 1)
+    geometry = _geometry(config, slot, parameters, int(original), len(inv_freq))
+    method = _arrived_method(rope_type, parameters, maximum, geometry)
+    reach = geometry.original_max_position_embeddings
+    if method is not None:
+        reach = max(int(maximum or 0), round(reach * (getattr(method, "factor", None) or 1.0)))
+    varies = rope_type == "longrope" and parameters["short_factor"] != parameters["long_factor"]
+    return Pretrained(geometry, reach, method, parameters, inv_freq, attention_factor, varies)
+
+
+def config_with(slot: Slot, rope_parameters: dict[str, Any], max_position_embeddings: int | None) -> Any:
+    """A copy of the slot's config, made the way Transformers makes one from a saved file, with other RoPE settings.
+
+    Raises:
+        Exception: whatever the config class raises for settings it does not take.
+    """
+    config = slot.module.config
+    values = config.to_dict()  # type: ignore[union-attr, operator]
+    values.pop(RECORD_KEY, None)
+    values["rope_parameters"] = copy.deepcopy(rope_parameters)
+    if max_position_embeddings is not None:
+        values["max_position_embeddings"] = max_position_embeddings
+    return type(config).from_dict(values)  # type: ignore[union-attr]
+
+
+def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tuple[torch.Tensor, float]:
+    """Frequencies and attention factor that plain Transformers computes from a config, as when it loads a checkpoint.
+
+    Args:
+        slot (`Slot`): Rotary module and layer type.
+        config: The config to compute from; it is not changed.
+        length (`int`, *optional*): Length of the call in tokens, for types that vary with it.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    classes = [cls for cls in type(slot.module).__mro__ if "compute_default_rope_parameters" in vars(cls)]
+    compute = vars(classes[-1])["compute_default_rope_parameters"].__func__
+    parameters = config.rope_parameters[slot.layer_type] if slot.layer_type else config.rope_parameters
+    if parameters["rope_type"] != "default":
+        compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
+    varying = {"seq_len": length} if length and parameters["rope_type"] == "longrope" else {}
+    inv_freq, attention_factor = compute(config, device=torch.device("cpu"), **layer_type, **varying)
+    return inv_freq.to(torch.float32), float(attention_factor)
+
+
+def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    if head_dim and head_dim * parameters.get("partial_rotary_factor", 1.0) % 2 and 2 * num_pairs > head_dim:
+        raise RopeScalingError(
+            f"The rotary width must be even, because dimensions turn in pairs; this model's heads are {head_dim} wide."
+        )
+    return RopeGeometry(
+        rotary_dim=2 * num_pairs,
+        rope_theta=float(parameters["rope_theta"]),
+        original_max_position_embeddings=original,
+        head_dim=head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None),
+        layer_type=slot.layer_type,
+    )
+
+
+def _arrived_method(
+    rope_type: str, parameters: dict[str, Any], maximum: int | None, geometry: RopeGeometry
+) -> FrequencyMethod | None:
+    if rope_type == "default":
+        return None
+    if rope_type not in _NATIVE_METHODS:
+        raise RopeScalingError(
+            f"This model arrives with `rope_type` {rope_type!r}, which this library cannot extend. "
+            f"It can extend: default, {', '.join(_NATIVE_METHODS)}."
+        )
+    cls = method_class(_NATIVE_METHODS[rope_type])
+    values = {key: value for key, value in parameters.items() if value is not None}
+    if "factor" not in values and maximum:
+        values["factor"] = max(maximum / geometry.original_max_position_embeddings, 1.0)
+    given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+    method = cls(**given)
+    without = cls(**{key: value for key, value in given.items() if key != "attention_factor"})
+    # A factor that is only the default written out must not outlive a change of the scale it was computed for.
+    same = abs(method.inv_freq(geometry)[1] - without.inv_freq(geometry)[1]) < 1e-6
+    return without if same else method
+
+
+def changed_fields(method: FrequencyMethod) -> dict[str, Any]:
+    """The fields of a method that differ from their defaults, and those that have none."""
+    values = {field.name: getattr(method, field.name) for field in fields(method)}
+    defaults = {field.name: field.default for field in fields(method) if field.default is not MISSING}
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}

@@ -1,0 +1,193 @@
+"""The rotary modules of a loaded model, and the only way in which this library changes one.
+
+A patched module stays the same object with the same name of class. Its class becomes a subclass that keeps the patched
+frequencies in float32 through `.to()`, `.half()` and `to_empty()`, and that hands them out where Transformers
+initialises rotary modules anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from rope_scaling.errors import RopeScalingError
+
+
+_STATE = "_rope_scaling"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One set of frequencies: a rotary module, or one layer type of a module that serves several."""
+
+    path: str
+    """Name of the module within the model."""
+    module: nn.Module
+    layer_type: str | None
+
+    @property
+    def buffer_names(self) -> tuple[str, str]:
+        """Names of the buffers that hold the frequencies in use and their pretrained copy."""
+        prefix = f"{self.layer_type}_" if self.layer_type else ""
+        return f"{prefix}inv_freq", f"{prefix}original_inv_freq"
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """The frequencies in use, `[R / 2]`, as the module holds them."""
+        return getattr(self.module, self.buffer_names[0])
+
+    @property
+    def attention_factor(self) -> float:
+        """The multiplier of cos and sin in use."""
+        return float(getattr(self.module, self._attention_name))
+
+    @property
+    def rope_type(self) -> str:
+        """Transformers' type in use; `default` in a patched module, which has its frequencies from us."""
+        rope_type = self.module.rope_type
+        return rope_type[self.layer_type] if self.layer_type else rope_type
+
+    @property
+    def _attention_name(self) -> str:
+        return f"{self.layer_type}_attention_scaling" if self.layer_type else "attention_scaling"
+
+    def set(self, inv_freq: torch.Tensor, attention_factor: float) -> None:
+        """Puts frequencies into the module, remembering what it held before."""
+        state = _state(self.module)
+        for name in self.buffer_names:
+            if name not in self.module._buffers:
+                continue
+            state.saved_buffers.setdefault(name, self.module._buffers[name])
+            state.pinned[name] = inv_freq.detach().to("cpu", torch.float32)
+        state.saved_attributes.setdefault(self._attention_name, getattr(self.module, self._attention_name))
+        state.saved_attributes.setdefault("rope_type", self.module.rope_type)
+        setattr(self.module, self._attention_name, attention_factor)
+        rope_type = self.module.rope_type
+        self.module.rope_type = {**rope_type, self.layer_type: "default"} if self.layer_type else "default"
+        _restore_pinned(self.module)
+
+
+    def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
+        """Gives an unpatched module frequencies as Transformers would when it builds it from `rope_parameters`."""
+        for name in self.buffer_names:
+            if name in self.module._buffers:
+                self.module._buffers[name] = inv_freq.to(self.inv_freq.device, copy=True)
+        setattr(self.module, self._attention_name, attention_factor)
+        parameters = rope_parameters[self.layer_type] if self.layer_type else rope_parameters
+        rope_type = self.module.rope_type
+        own = parameters["rope_type"]
+        self.module.rope_type = {**rope_type, self.layer_type: own} if self.layer_type else own
+
+
+@dataclass
+class _State:
+    """What a patched module must know: its float32 frequencies on the CPU, and what to go back to."""
+
+    pinned: dict[str, torch.Tensor] = field(default_factory=dict)
+    saved_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    saved_attributes: dict[str, Any] = field(default_factory=dict)
+    record: Any = None
+    """What `patch` wants to remember of the whole patch."""
+
+
+def rotary_slots(model: nn.Module) -> list[Slot]:
+    """Every set of rotary frequencies in a model's text decoder.
+
+    Raises:
+        RopeScalingError: `model` is not a module, or has no rotary module that Transformers would build.
+    """
+    if not isinstance(model, nn.Module):
+        raise RopeScalingError(
+            f"`model` must be a loaded model, such as `AutoModelForCausalLM.from_pretrained(...)` returns; "
+            f"got {type(model).__name__}."
+        )
+    slots = []
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if "RotaryEmbedding" in name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
+            layer_types = sorted(module.rope_type) if isinstance(module.rope_type, dict) else [None]
+            slots += [Slot(path, module, layer_type) for layer_type in layer_types]
+    if not slots:
+        raise RopeScalingError(
+            f"{type(model).__name__} has no rotary position embedding that can be scaled: no module was touched. "
+            "It takes a model whose rotary module Transformers builds from `config.rope_parameters`, such as Llama, "
+            "Mistral, Qwen, Phi, Gemma or GPT-NeoX."
+        )
+    return slots
+
+
+def patched_record(slot: Slot) -> Any:
+    """What `patch` remembered in this slot's module, or `None` if the module is not patched."""
+    state = slot.module.__dict__.get(_STATE)
+    return state.record if state else None
+
+
+def set_record(slot: Slot, record: Any) -> None:
+    """Leaves `record` in a patched module, for `patched_record` to find."""
+    _state(slot.module).record = record
+
+
+def restore(module: nn.Module) -> None:
+    """Puts a module back to what it was before the first `Slot.set`: class, buffers, attributes."""
+    state = module.__dict__.pop(_STATE, None)
+    if state is None:
+        return
+    module.__class__ = type(module).__mro__[2]
+    for name, value in state.saved_buffers.items():
+        module._buffers[name] = value.to(module._buffers[name].device)
+    for name, value in state.saved_attributes.items():
+        setattr(module, name, value)
+
+
+class _Pinned:
+    """Keeps a rotary module's patched frequencies in float32 whatever is done to the model around it."""
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        _restore_pinned(self)  # type: ignore[arg-type]
+        return self
+
+    def compute_default_rope_parameters(self, config=None, device=None, seq_len=None, layer_type=None):  # type: ignore[no-untyped-def]
+        """The patched frequencies, in the place where Transformers looks for the default ones."""
+        name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+        pinned = getattr(self, _STATE).pinned
+        if name not in pinned:
+            return super().compute_default_rope_parameters(config, device=device, layer_type=layer_type)  # type: ignore[misc]
+        factor = getattr(self, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling")
+        return pinned[name].to(device), factor
+
+    def __reduce_ex__(self, protocol):  # type: ignore[no-untyped-def]
+        # The subclass is made at run time and has no name to be found by; its base has.
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = _pinned_class(base)
+    return cls.__new__(cls)
+
+
+@cache
+def _pinned_class(base: type[nn.Module]) -> type[nn.Module]:
+    namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (_Pinned, base), namespace)
+
+
+def _state(module: nn.Module) -> _State:
+    if _STATE not in module.__dict__:
+        module.__dict__[_STATE] = _State()
+        module.__class__ = _pinned_class(type(module))
+    return module.__dict__[_STATE]
+
+
+def _restore_pinned(module: nn.Module) -> None:
+    for name, value in getattr(module, _STATE).pinned.items():
+        device = module._buffers[name].device  # type: ignore[union-attr]
+        module._buffers[name] = value.to(device, copy=True)
+
+
+def _words(name: str) -> list[str]:
+    return "".join(f" {letter}" if letter.isupper() else letter for letter in name).split()
