@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rope_scaling.hf.patch import patch, patched, unpatch
 
 
-__version__ = "0.1.0"
+from rope_scaling.version import __version__
 
 # What needs Transformers is found when it is first used, so that importing the library costs no more than importing torch.
 _LAZY = {

@@ -24,7 +24,7 @@ class Abf(FrequencyMethod):
 
     name: ClassVar[str] = "abf"
     paper: ClassVar[str] = "https://huggingface.co/papers/2309.16039"
-    changes: ClassVar[str] = "larger base, given or the critical one for the target length"
+    changes: ClassVar[str] = "larger base, given or critical"
     needs_training: ClassVar[str] = "yes"
 
     rope_theta: float | None = None

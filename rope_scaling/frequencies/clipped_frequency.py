@@ -24,7 +24,7 @@ class ClippedFrequency(FrequencyMethod):
 
     name: ClassVar[str] = "clipped_frequency"
     paper: ClassVar[str] = "https://huggingface.co/papers/2602.05258"
-    changes: ClassVar[str] = "slowest pairs tapered to a standstill, or stopped"
+    changes: ClassVar[str] = "slowest tapered to a stop, or stopped"
     needs_training: ClassVar[str] = "yes"
 
     num_pairs: int | None = None

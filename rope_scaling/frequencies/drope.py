@@ -21,7 +21,7 @@ class DroPe(FrequencyMethod):
 
     name: ClassVar[str] = "drope"
     paper: ClassVar[str] = "https://huggingface.co/papers/2512.12167"
-    changes: ClassVar[str] = "every pair stands still"
+    changes: ClassVar[str] = "every pair stopped"
     needs_training: ClassVar[str] = "yes"
 
     attention_factor: float = 1.0

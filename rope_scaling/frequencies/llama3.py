@@ -22,7 +22,7 @@ class Llama3(FrequencyMethod):
 
     name: ClassVar[str] = "llama3"
     paper: ClassVar[str] = "https://huggingface.co/papers/2407.21783"
-    changes: ClassVar[str] = "fast pairs kept, slow pairs s times slower"
+    changes: ClassVar[str] = "fast pairs kept, slow /s"
     needs_training: ClassVar[str] = "helps"
 
     factor: float

@@ -25,7 +25,7 @@ class LongRope(FrequencyMethod):
 
     name: ClassVar[str] = "longrope"
     paper: ClassVar[str] = "https://huggingface.co/papers/2402.13753"
-    changes: ClassVar[str] = "every pair by a given factor, temperature"
+    changes: ClassVar[str] = "given factor per pair, temperature"
     needs_training: ClassVar[str] = "helps"
 
     factor: float

@@ -20,7 +20,7 @@ class MrRopePro(MrRopeUni):
     """
 
     name: ClassVar[str] = "mrrope_pro"
-    changes: ClassVar[str] = "fast pairs kept, middle pairs slower in growing steps, temperature"
+    changes: ClassVar[str] = "middle in growing steps, temperature"
 
     def exponent(self, steps: torch.Tensor, width: int) -> torch.Tensor:
         return steps * (steps + 1) / (width * (width + 1))

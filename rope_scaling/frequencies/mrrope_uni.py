@@ -22,7 +22,7 @@ class MrRopeUni(FrequencyMethod):
 
     name: ClassVar[str] = "mrrope_uni"
     paper: ClassVar[str] = "https://huggingface.co/papers/2601.22181"
-    changes: ClassVar[str] = "fast pairs kept, middle pairs slower in equal steps, temperature"
+    changes: ClassVar[str] = "middle in equal steps, temperature"
     needs_training: ClassVar[str] = "no"
 
     factor: float

@@ -23,7 +23,7 @@ class Ntk(FrequencyMethod):
 
     name: ClassVar[str] = "ntk"
     paper: ClassVar[str] = "https://huggingface.co/papers/2309.00071"
-    changes: ClassVar[str] = "larger base: slowest pair s times slower, fastest kept"
+    changes: ClassVar[str] = "larger base: fastest kept, slowest /s"
     needs_training: ClassVar[str] = "helps"
 
     factor: float

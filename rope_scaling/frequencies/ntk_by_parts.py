@@ -26,7 +26,7 @@ class NtkByParts(FrequencyMethod):
 
     name: ClassVar[str] = "ntk_by_parts"
     paper: ClassVar[str] = "https://huggingface.co/papers/2309.00071"
-    changes: ClassVar[str] = "fast pairs kept, a band as in ntk, slow pairs s times slower"
+    changes: ClassVar[str] = "fast pairs kept, band of ntk, slow /s"
     needs_training: ClassVar[str] = "helps"
 
     factor: float

@@ -24,7 +24,7 @@ class NtkMixed(FrequencyMethod):
 
     name: ClassVar[str] = "ntk_mixed"
     paper: ClassVar[str] = "https://kexue.fm/archives/9706"
-    changes: ClassVar[str] = "every pair slower, the slower the pair the more, up to s"
+    changes: ClassVar[str] = "all pairs slower, slow ones more"
     needs_training: ClassVar[str] = "helps"
 
     factor: float

@@ -22,7 +22,7 @@ class PRope(FrequencyMethod):
 
     name: ClassVar[str] = "p_rope"
     paper: ClassVar[str] = "https://huggingface.co/papers/2410.06205"
-    changes: ClassVar[str] = "slowest pairs stand still"
+    changes: ClassVar[str] = "slowest pairs stopped"
     needs_training: ClassVar[str] = "yes"
 
     partial_rotary_factor: float = 0.75

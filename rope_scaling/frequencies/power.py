@@ -23,7 +23,7 @@ class Power(FrequencyMethod):
 
     name: ClassVar[str] = "power"
     paper: ClassVar[str] = "https://huggingface.co/papers/2308.10882"
-    changes: ClassVar[str] = "pairs slower by a power of their rank"
+    changes: ClassVar[str] = "slower by a power of the rank"
     needs_training: ClassVar[str] = "yes"
 
     exponent: float | None = None

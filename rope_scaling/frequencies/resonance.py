@@ -23,7 +23,7 @@ class Resonance(FrequencyMethod):
 
     name: ClassVar[str] = "resonance"
     paper: ClassVar[str] = "https://huggingface.co/papers/2403.00071"
-    changes: ClassVar[str] = "wavelengths rounded to whole tokens, on top of another method"
+    changes: ClassVar[str] = "whole-token wavelengths, on another"
     needs_training: ClassVar[str] = "helps"
 
     wrapped: FrequencyMethod | None = None

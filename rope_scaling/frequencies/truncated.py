@@ -23,7 +23,7 @@ class Truncated(FrequencyMethod):
 
     name: ClassVar[str] = "truncated"
     paper: ClassVar[str] = "https://huggingface.co/papers/2308.10882"
-    changes: ClassVar[str] = "slow pairs share one frequency, the slowest stand still"
+    changes: ClassVar[str] = "slow share one speed, slowest stopped"
     needs_training: ClassVar[str] = "yes"
 
     cutoff_length: int | None = None

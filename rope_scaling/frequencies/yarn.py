@@ -28,7 +28,7 @@ class Yarn(FrequencyMethod):
 
     name: ClassVar[str] = "yarn"
     paper: ClassVar[str] = "https://huggingface.co/papers/2309.00071"
-    changes: ClassVar[str] = "fast pairs kept, slow pairs s times slower, temperature"
+    changes: ClassVar[str] = "fast pairs kept, slow /s, temperature"
     needs_training: ClassVar[str] = "helps"
 
     factor: float

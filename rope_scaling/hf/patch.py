@@ -314,7 +314,7 @@ def _choose_layer_types(slots: list[Slot], wanted: str | Sequence[str] | None) -
         chosen = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in chosen:
             if name not in names:
-                raise unknown_name("layer type", name, [*names, "all"])
+                raise unknown_name("layer type", name, names)
     return [slot for slot in slots if slot.layer_type in chosen]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
         raise RopeScalingError(f"The config of {type(slot.module).__name__} has no `rope_parameters` with a `rope_theta`.")
     config = config_with(slot, settings["rope_parameters"], settings["max_position_embeddings"])
     maximum = settings["max_position_embeddings"]
-    original = original_length or parameters.get("original_max_position_embeddings") or maximum
+    stated = original_length or parameters.get("original_max_position_embeddings")
+    original = stated or maximum
     if not original:
         raise RopeScalingError(
             "The model's config has no trained length: neither `max_position_embeddings` nor "
@@ -95,8 +96,13 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
     geometry = _geometry(config, slot, parameters, int(original), len(inv_freq))
     method = _arrived_method(rope_type, parameters, maximum, geometry)
     reach = geometry.original_max_position_embeddings
-    if method is not None:
-        reach = max(int(maximum or 0), round(reach * (getattr(method, "factor", None) or 1.0)))
+    arrived_factor = getattr(method, "factor", None) or 1.0
+    if stated:
+        reach = reach if method is None else max(int(maximum or 0), round(reach * arrived_factor))
+    else:
+        # A type that does not state the first trained length (`linear`) leaves `max_position_embeddings`, which is what
+        # Transformers lets the model read as it arrives.
+        geometry = replace(geometry, original_max_position_embeddings=max(round(reach / arrived_factor), 1))
     varies = rope_type == "longrope" and parameters["short_factor"] != parameters["long_factor"]
     return Pretrained(geometry, reach, method, parameters, inv_freq, attention_factor, varies)
 
@@ -111,6 +117,7 @@ def config_with(slot: Slot, rope_parameters: dict[str, Any], max_position_embedd
     values = config.to_dict()  # type: ignore[union-attr, operator]
     values.pop(RECORD_KEY, None)
     values["rope_parameters"] = copy.deepcopy(rope_parameters)
+    values.pop("max_position_embeddings", None)
     if max_position_embeddings is not None:
         values["max_position_embeddings"] = max_position_embeddings
     return type(config).from_dict(values)  # type: ignore[union-attr]

@@ -1,0 +1,1 @@
+"""Honest evaluation: how far a model reads, measured at every position, with intervals and baselines."""

@@ -1,0 +1,103 @@
+"""Negative log-likelihood at every position, from one pass over each document.
+
+A causal model with static frequencies gives, in one chunked pass with a key-value cache, the loss that it would have at
+every shorter length too. So one pass at 8x the trained length holds the results of 1x, 2x and 4x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.rotary import Slot, rotary_slots
+
+
+@torch.inference_mode()
+def nll_curve(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """Negative log-likelihood of every token but the first, in nats.
+
+    Memory for logits is that of one chunk, whatever the length.
+
+    Args:
+        model (`nn.Module`): A causal language model of Transformers.
+        ids (`torch.Tensor`): Token ids, `[B, T]`, all rows of one length, BOS included.
+        chunk_size (`int`): Tokens of a forward call, all rows together.
+
+    Returns:
+        `torch.Tensor`: `[B, T - 1]`, float32, on the CPU; entry `t` belongs to token `t + 1` given tokens `0 .. t`.
+    """
+    from transformers import DynamicCache
+
+    rows, length = ids.shape
+    step = max(chunk_size // rows, 1)
+    ids = ids.to(model.device)
+    cache = DynamicCache(config=model.config)
+    losses = []
+    for start in range(0, length - 1, step):
+        end = min(start + step, length - 1)
+        logits = model(
+            input_ids=ids[:, start:end],
+            position_ids=torch.arange(start, end, device=ids.device)[None].expand(rows, -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        targets = ids[:, start + 1 : end + 1]
+        loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        losses.append(loss.view(rows, -1).cpu())
+    return torch.cat(losses, dim=1)
+
+
+def cropped_nll_curve(
+    model: torch.nn.Module, ids: torch.Tensor, plain: torch.Tensor, trained_length: int, chunk_size: int
+) -> torch.Tensor:
+    """The cropping baseline: the same tokens, with the model given only what fits in its trained length.
+
+    Within the trained length this is the plain pass. Beyond it, windows of the trained length start every half of it,
+    each with the document's first token (the BOS) in front, and the second half of each window is scored, so that every
+    token has between half and all of the trained length before it.
+
+    Args:
+        model (`nn.Module`): The unpatched model.
+        ids (`torch.Tensor`): Token ids of one document, `[T]`.
+        plain (`torch.Tensor`): Its plain curve, `[T - 1]`.
+        trained_length (`int`): Tokens of a window.
+        chunk_size (`int`): Tokens of a forward call.
+
+    Returns:
+        `torch.Tensor`: `[T - 1]`, float32.
+    """
+    half = trained_length // 2
+    curve = plain.clone()
+    starts = list(range(half, len(ids) - half, half))
+    full = [start for start in starts if start + trained_length <= len(ids)]
+    rows = max(chunk_size // trained_length, 1)
+    groups = [full[i : i + rows] for i in range(0, len(full), rows)] + [[start] for start in starts if start not in full]
+    for group in groups:
+        windows = torch.stack([torch.cat([ids[:1], ids[start + 1 : start + trained_length]]) for start in group])
+        losses = nll_curve(model, windows, chunk_size)
+        for start, loss in zip(group, losses, strict=True):
+            curve[start + half - 1 : start + len(loss)] = loss[half - 1 :]
+    return curve
+
+
+def check_static(model: torch.nn.Module) -> None:
+    """Refuses a model whose frequencies follow the length of the call: one pass cannot measure it.
+
+    Raises:
+        RopeScalingError: `dynamic`, or `longrope` with two different lists of factors.
+    """
+    for slot in rotary_slots(model):
+        parameters = _parameters(slot)
+        varies = slot.rope_type == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
+        if "dynamic" in slot.rope_type or varies:
+            raise RopeScalingError(
+                f"`rope_type` {slot.rope_type!r} of this model changes its frequencies with the length of the call, while keys "
+                "in the cache keep the old ones: one pass over a document would measure neither. Load it with static "
+                "frequencies (`rope_parameters` with rope_type 'default'), and patch it with a static method."
+            )
+
+
+def _parameters(slot: Slot) -> dict:
+    parameters = slot.module.config.rope_parameters
+    return parameters[slot.layer_type] if slot.layer_type else parameters

@@ -1,0 +1,102 @@
+"""Rows: one JSON object a measurement, with everything needed to trust it. Tables and plots are made from rows alone."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rope_scaling.eval.intervals import estimate
+from rope_scaling.hf.rotary import rotary_slots
+
+
+SCHEMA = 1
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = ("torch", "transformers", "rope-scaling")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def frequencies_sha256(model: torch.nn.Module) -> str:
+    """Hash of frequencies and attention factors as they are in the model's modules now, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for slot in rotary_slots(model):
+        values = [*slot.inv_freq.double().cpu().tolist(), slot.attention_factor]
+        digest.update(np.array(values, dtype="<f8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def position_buckets(lengths: list[int], trained_length: int) -> list[tuple[int, int]]:
+    """Half-open-from-below intervals of positions, in tokens: halves of the trained length, then length to length."""
+    inner = {trained_length // 2, trained_length}
+    edges = sorted({0} | {edge for edge in inner if edge <= lengths[-1]} | set(lengths))
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def measure(
+    curves: list[np.ndarray], reference: list[np.ndarray], lengths: list[int], trained_length: int, seed: int
+) -> list[dict[str, Any]]:
+    """Bucket and prefix measurements of one method, paired with the unpatched model on the same tokens.
+
+    Args:
+        curves (list of `np.ndarray`): Curves of the method, one a document, `[T - 1]`.
+        reference (list of `np.ndarray`): Those of the unpatched model, of the same lengths.
+        lengths (`list[int]`): Lengths of the prefixes, ascending.
+        trained_length (`int`): The model's, in tokens.
+        seed (`int`): Of the bootstrap.
+    """
+    spans = [("bucket", *bucket) for bucket in position_buckets(lengths, trained_length)]
+    spans += [("prefix", 0, length) for length in lengths]
+    rows = []
+    for kind, start, end in spans:
+        # Entry t of a curve is the loss of the token at position t + 2 when positions count from 1.
+        inside = slice(max(start - 1, 0), end - 1)
+        chosen = [i for i, curve in enumerate(curves) if len(curve) >= end - 1]
+        if not chosen:
+            continue
+        sums = np.array([curves[i][inside].sum(dtype=np.float64) for i in chosen])
+        base = np.array([reference[i][inside].sum(dtype=np.float64) for i in chosen])
+        counts = np.array([len(curves[i][inside]) for i in chosen], dtype=np.float64)
+        own, paired = estimate(sums, counts, seed), estimate(sums - base, counts, seed)
+        rows.append(
+            {
+                "measure": kind,
+                "from": start,
+                "to": end,
+                "nll": own.mean,
+                "nll_low": own.low,
+                "nll_high": own.high,
+                "difference": paired.mean,
+                "difference_low": paired.low,
+                "difference_high": paired.high,
+                "documents": len(chosen),
+                "tokens": int(counts.sum()),
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes JSON lines, all or nothing."""
+    write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that an interruption leaves the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""The `rope-scaling` command."""

@@ -1,0 +1,116 @@
+"""`rope-scaling evaluate | methods | describe`. Everything heavy loads when a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from rope_scaling.errors import RopeScalingError
+
+
+app = typer.Typer(
+    name="rope-scaling",
+    help="Patch, fine-tune and evaluate RoPE language models beyond their trained length.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="'demo' (the embedded model), a folder, or a hub id.")] = "demo",
+    method: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Repeat for several; fields as in 'yarn:beta_fast=16'. [default: every method that needs only a factor]"),
+    ] = None,
+    factor: Annotated[Optional[float], typer.Option(help="Factor to patch with. [default: longest length over trained length]")] = None,
+    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    lengths: Annotated[str, typer.Option(help="Ascending, in tokens ('8192,16384') or trained lengths ('1x,2x').")] = "1x,2x,4x,8x",
+    data: Annotated[str, typer.Option(help="'stdlib', a text file, a folder, a JSON-lines/CSV/Parquet file, or a hub dataset.")] = "stdlib",
+    column: Annotated[str, typer.Option(help="Column of the text, in a table or dataset.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "test",
+    subset: Annotated[Optional[str], typer.Option(help="Configuration of a hub dataset.")] = None,
+    pieces: Annotated[bool, typer.Option(help="Cut each text into documents of the longest length, in place of its start only.")] = False,
+    max_documents: Annotated[Optional[int], typer.Option(help="Stop after that many documents.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    chunk_size: Annotated[int, typer.Option(help="Tokens of a forward call.", min=1)] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL]")] = None,
+) -> None:
+    """Measure perplexity at every position: unpatched, cropped, and under each method."""
+    command = importlib.import_module("rope_scaling.cli.evaluate")
+    command.run(**{**locals(), "methods": method})
+
+
+@app.command()
+def methods() -> None:
+    """List the methods there are, in one screen."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rope_scaling.frequencies import METHODS
+
+    table = Table(title="Frequency methods", title_justify="left", box=None, pad_edge=False)
+    for heading in ("name", "what it changes", "training", "paper"):
+        table.add_column(heading, no_wrap=True)
+    for name, cls in METHODS.items():
+        paper = cls.paper.removeprefix("https://huggingface.co/papers/").replace("https://kexue.fm/archives/", "kexue ")
+        table.add_row(name, cls.changes, cls.needs_training, paper)
+    Console().print(table)
+    print("\nPapers by number: https://huggingface.co/papers/NUMBER. Fine-tuning: not needed (no), helps, needed (yes).")
+    print("Try one: rope-scaling describe demo --method yarn --factor 8 --pairs")
+
+
+@app.command()
+def describe(
+    model: Annotated[str, typer.Argument(help="'demo', a folder, or a hub id; its weights are not loaded.")],
+    pairs: Annotated[bool, typer.Option(help="Also print the table of every rotated pair.")] = False,
+    method: Annotated[Optional[str], typer.Option(help="Show what this method would do.")] = None,
+    factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
+    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+) -> None:
+    """Say which scaling a model has, or would have under a method."""
+    from rope_scaling.hf.describe import describe as describe_model
+    from rope_scaling.hf.loading import load_skeleton
+    from rope_scaling.hf.patch import patch
+
+    skeleton = load_skeleton(model)
+    if method is not None:
+        spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
+        patch(skeleton, spec.name, factor=factor, target_length=target_length, **spec.arguments)
+    elif factor is not None or target_length is not None:
+        raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
+    describe_model(skeleton, pairs=pairs)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Runs the command line; anything the user can mend ends in one line on standard error and exit status 2."""
+    command = typer.main.get_command(app)
+    try:
+        sys.exit(command.main(arguments, prog_name="rope-scaling", standalone_mode=False) or 0)
+    except RopeScalingError as error:
+        fail(str(error))
+    except Exception as error:
+        # Typer's own usage errors, whose classes it does not export under one name across versions.
+        if hasattr(error, "format_message") and getattr(error, "exit_code", None) is not None:
+            fail(error.format_message())
+        raise
+    except KeyboardInterrupt:
+        print("Interrupted. The same command resumes where it stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Says what was wrong on one line and exits with status 2."""
+    print(f"rope-scaling: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Loading models and tokenizers for the command line: the embedded one, a folder, or a hub id."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rope_scaling.errors import RopeScalingError
+
+
+DEMO = "demo"
+"""The name of the embedded model."""
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def model_source(name: str) -> str:
+    """Where Transformers finds a model: the embedded one's folder for `demo`, else the folder or hub id itself.
+
+    Raises:
+        RopeScalingError: `name` is written like a path and there is no folder with a `config.json` there.
+    """
+    if name == DEMO:
+        return str(resources.files("rope_scaling.demo") / "model")
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise RopeScalingError(f"The folder {name!r} holds no model: it has no `config.json`.")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise RopeScalingError(f"There is no model folder {name!r}. Give a folder, a hub id such as 'org/name', or 'demo'.")
+    return name
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
+    """A causal language model in evaluation mode.
+
+    Args:
+        name (`str`): `demo`, a folder, or a hub id.
+        dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        device (`str`): `auto` (a GPU if there is one), or what `torch.device` takes.
+
+    Raises:
+        RopeScalingError: there is no such model, it could not be fetched, or dtype or device are not known.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in _DTYPES:
+        raise RopeScalingError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}.")
+    place = _device(device)
+    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=_DTYPES[dtype])
+    return model.to(place).eval()
+
+
+def load_skeleton(name: str) -> torch.nn.Module:
+    """The same model without its weights: enough to read and patch its frequencies, at the price of its config."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _fetch(AutoConfig.from_pretrained, name)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise RopeScalingError(f"{name!r} is no causal language model: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, with the same names as `load_model`."""
+    from transformers import AutoTokenizer
+
+    return _fetch(AutoTokenizer.from_pretrained, name)
+
+
+def _fetch(load: Any, name: str, **arguments: Any) -> Any:
+    source = model_source(name)
+    try:
+        return load(source, **arguments)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise RopeScalingError(
+            f"Cannot load {name!r}: {_first_line(error)} Give a folder, a hub id such as 'org/name', or 'demo'; "
+            "after an interrupted download, run the command again."
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RopeScalingError(f"`device` {name!r} cannot be used here: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

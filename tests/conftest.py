@@ -1,0 +1,78 @@
+"""Tiny random models of every supported family, made from their config classes: no network, no weights."""
+
+import os
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TRAINED_LENGTH = 64
+
+_COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": TRAINED_LENGTH,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_NO_GROUPS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": TRAINED_LENGTH,
+    "rope_theta": 5e5,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED_LENGTH, "rope_theta": 1e6}
+
+FAMILIES = {
+    "llama": ("LlamaConfig", _COMMON),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", _COMMON),
+    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 16}),
+    "phi3": ("Phi3Config", _COMMON | {"original_max_position_embeddings": TRAINED_LENGTH}),
+    "gemma2": ("Gemma2Config", _COMMON | {"head_dim": 16}),
+    "gemma3": ("Gemma3TextConfig", _COMMON | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt_neox": ("GPTNeoXConfig", _NO_GROUPS | {"rotary_pct": 0.5}),
+    "phi": ("PhiConfig", _COMMON | {"partial_rotary_factor": 0.5}),
+    "llama3.1": ("LlamaConfig", _COMMON | {"max_position_embeddings": 8 * TRAINED_LENGTH, "rope_parameters": _LLAMA3}),
+    "qwen2-yarn": ("Qwen2Config", _COMMON | {"rope_parameters": _YARN}),
+}
+
+
+def make_model(family, **changes):
+    """A tiny random model of a family, float32, in evaluation mode; the same every time."""
+    name, values = FAMILIES[family]
+    torch.manual_seed(0)
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in (values | changes).items()}
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
+
+
+def token_ids(length, rows=1, seed=0):
+    """Random token ids, `[rows, length]`."""
+    return torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids=None, **arguments):
+    """Logits of one forward call, past the trained length unless `ids` are given."""
+    return model(token_ids(150) if ids is None else ids, **arguments).logits
+
+
+def rotary(model):
+    """The rotary module of a bare model of any of the families."""
+    return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+
+
+@pytest.fixture
+def llama():
+    return make_model("llama")

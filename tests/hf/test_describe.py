@@ -1,0 +1,72 @@
+"""`describe` says what is in effect, in numbers read back from the module."""
+
+import pytest
+import rope_scaling
+import torch
+from conftest import make_model, rotary
+
+
+def described(model, capsys, **arguments):
+    description = rope_scaling.describe(model, **arguments)
+    printed = capsys.readouterr().out
+    assert printed.startswith(str(description))
+    return printed
+
+
+def test_unpatched(llama, capsys):
+    text = described(llama, capsys)
+    assert "LlamaForCausalLM" in text and "model.rotary_emb: not patched" in text and "64 trained, 64 as it arrived, 64 now" in text
+
+
+def test_patched(llama, capsys):
+    rope_scaling.patch(llama, "yarn", factor=4, beta_fast=16)
+    text = described(llama, capsys)
+    assert "model.rotary_emb: yarn(factor=4, beta_fast=16)" in text
+    assert "64 trained, 64 as it arrived, 256 now" in text
+    assert "attention factor  1.13863" in text
+    assert "8 pairs, torch.float32" in text
+    assert "plain Transformers reloads it, as rope_type 'yarn'" in text
+
+
+def test_pair_table(llama, capsys):
+    rope_scaling.patch(llama, "p_rope", partial_rotary_factor=0.5)
+    lines = described(llama, capsys, pairs=True).splitlines()
+    table = [line for line in lines if line.strip()[:1].isdigit()]
+    assert len(table) == 8
+    assert table[0].split()[1:3] == ["6.28", "6.28"]
+    assert "stands still" in table[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "expected"),
+    [
+        ("qwen2-yarn", "yarn", "arrived with yarn x4 over 64 tokens; x2 more makes yarn x8 over 64 tokens"),
+        ("llama3.1", "llama3", "arrived with llama3 x8 over 64 tokens; x2 more makes llama3 x16 over 64 tokens"),
+        ("llama3.1", "yarn", "arrived with llama3, which reads 512 tokens; kept, and multiplied pair by pair with what yarn does to a model trained at 512 tokens"),
+    ],
+)
+def test_arithmetic_on_models_that_arrive_scaled(family, method, expected, capsys):
+    assert expected in described(rope_scaling.patch(make_model(family), method, factor=2), capsys)
+
+
+def test_arrived_scaling_is_named(capsys):
+    assert "not patched; arrived with llama3(factor=8)" in described(make_model("llama3.1"), capsys)
+
+
+def test_layer_types_that_are_left_alone(capsys):
+    text = described(rope_scaling.patch(make_model("gemma3"), "linear", factor=4), capsys)
+    assert "model.rotary_emb (full_attention): linear(factor=4)" in text
+    assert "untouched         sliding_attention" in text
+
+
+def test_saved_patch(llama, tmp_path, capsys):
+    rope_scaling.patch(llama, "mrrope_pro", factor=4).save_pretrained(tmp_path)
+    assert "saved with mrrope_pro; `patch(model)` makes it live" in described(type(llama).from_pretrained(tmp_path), capsys)
+
+
+def test_numbers_are_read_back_from_the_module(llama):
+    rope_scaling.patch(llama, "yarn", factor=4)
+    rotary(llama).inv_freq.fill_(0.5)
+    (slot,) = rope_scaling.describe(llama).slots
+    assert torch.equal(slot.inv_freq, torch.full((8,), 0.5))
+    assert repr(rope_scaling.describe(llama)) == "<Description of LlamaForCausalLM: yarn(factor=4)>"

@@ -1,0 +1,146 @@
+"""`save_pretrained` of a patched model needs no call of ours, and plain Transformers reads it to the same logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import rope_scaling
+import torch
+from cases import arguments_of
+from conftest import FAMILIES, logits, make_model, token_ids
+from rope_scaling import METHODS, RopeScalingError
+from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
+from rope_scaling.hf.rotary import rotary_slots
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+
+NATIVE = {"linear": "linear", "yarn": "yarn", "llama3": "llama3", "p_rope": "proportional", "ntk": "default", "abf": "default"}
+
+READER = """
+import json, sys
+sys.modules["rope_scaling"] = None  # any import of the library fails
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+logging.disable_progress_bar()
+out = {}
+for folder in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out[folder] = model(load_file(sys.argv[2])["ids"]).logits.contiguous()
+save_file(out, sys.argv[3])
+"""
+
+
+def read_without_the_library(folders, tmp_path):
+    """Logits that a process in which the library cannot be imported gets from saved folders, and what it printed."""
+    save_file({"ids": token_ids(150)}, tmp_path / "ids.safetensors")
+    arguments = [json.dumps([str(folder) for folder in folders]), str(tmp_path / "ids.safetensors"), str(tmp_path / "out.safetensors")]
+    done = subprocess.run([sys.executable, "-c", READER, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(tmp_path / "out.safetensors"), done.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_reads_every_method(family, tmp_path):
+    model = make_model(family)
+    slot = rotary_slots(model)[0]
+    pairs = read_pretrained(slot, pretrained_settings(slot.module.config)).geometry.num_pairs
+    wanted = {}
+    for name in METHODS:
+        folder = tmp_path / name
+        rope_scaling.patch(model, name, **arguments_of(name, pairs))
+        wanted[str(folder)] = logits(model)
+        model.save_pretrained(folder)
+    found, warnings = read_without_the_library(wanted, tmp_path)
+    for folder, expected in wanted.items():
+        assert torch.allclose(found[folder], expected, atol=1e-6, rtol=0), folder
+    for word in ("rope", "Unrecognized", "factor"):
+        assert word not in warnings, warnings
+
+
+def test_native_types_are_used_where_there_are(llama):
+    for name in METHODS:
+        rope_scaling.patch(llama, name, **arguments_of(name, 8))
+        assert llama.config.rope_parameters["rope_type"] == NATIVE.get(name, "longrope"), name
+
+
+def test_the_attention_factor_is_always_written_out(llama):
+    for name in METHODS:
+        rope_scaling.patch(llama, name, **arguments_of(name, 8))
+        if llama.config.rope_parameters["rope_type"] in ("yarn", "longrope"):
+            assert isinstance(llama.config.rope_parameters["attention_factor"], float), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_patch_without_arguments_makes_a_saved_patch_live_again(name, tmp_path):
+    model = make_model("llama")
+    original = logits(model)
+    rope_scaling.patch(model, name, **arguments_of(name, 8))
+    model.save_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    rope_scaling.patch(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.rope_scaling_patch == model.config.rope_scaling_patch
+    loaded.save_pretrained(tmp_path / "second")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    rope_scaling.unpatch(loaded)
+    assert torch.equal(logits(loaded), original)
+
+
+def test_gemma3_round_trip_with_its_layer_types(tmp_path):
+    model = make_model("gemma3")
+    original = logits(model)
+    rope_scaling.patch(model, "resonance", wrapped="yarn", factor=4, layer_types="all")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
+    assert torch.equal(logits(rope_scaling.patch(loaded)), logits(model))
+    assert torch.equal(logits(rope_scaling.unpatch(loaded)), original)
+
+
+def test_a_saved_patch_can_be_undone_without_making_it_live(tmp_path):
+    model = make_model("llama")
+    original = logits(model)
+    rope_scaling.patch(model, "yarn", factor=4).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    rope_scaling.unpatch(loaded)
+    assert torch.equal(logits(loaded), original)
+    assert not hasattr(loaded.config, RECORD_KEY)
+
+
+def test_another_patch_on_a_saved_one_starts_from_the_pretrained_frequencies(tmp_path):
+    rope_scaling.patch(make_model("llama"), "yarn", factor=4).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    fresh = logits(rope_scaling.patch(make_model("llama"), "linear", factor=2))
+    with rope_scaling.patched(loaded, "linear", factor=2):
+        assert torch.equal(logits(loaded), fresh)
+    assert loaded.config.rope_scaling_patch["method"]["name"] == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"format": 99}, "format 99; this version reads 1. Update rope-scaling"),
+        ({"method": {"name": "yran"}}, "Unknown method 'yran'"),
+        ({"method": "yarn"}, "must be a mapping with a `name`"),
+        ({"surprise": 1}, "record is damaged"),
+    ],
+)
+def test_a_damaged_record_is_refused(llama, damage, message):
+    rope_scaling.patch(llama, "yarn", factor=4)
+    llama.config.rope_scaling_patch = {**llama.config.rope_scaling_patch, **damage}
+    with pytest.raises(RopeScalingError, match=message):
+        rope_scaling.patch(llama)
+
+
+def test_unpatched_models_save_without_a_trace(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "before")
+    with rope_scaling.patched(llama, "yarn", factor=4):
+        pass
+    llama.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "before" / "config.json").read_bytes() == (tmp_path / "after" / "config.json").read_bytes()

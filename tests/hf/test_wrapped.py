@@ -1,0 +1,90 @@
+"""Patched models inside PEFT, accelerate, data parallelism and `torch.compile`."""
+
+import pytest
+import rope_scaling
+import torch
+from cases import arguments_of
+from conftest import logits, make_model, rotary, token_ids
+from rope_scaling import METHODS
+
+
+def test_peft_patched_before_or_after_wrapping(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    after = get_peft_model(make_model("llama"), lora)
+    plain = logits(after)
+    rope_scaling.patch(after, "yarn", factor=4)
+    torch.manual_seed(1)
+    before = get_peft_model(rope_scaling.patch(make_model("llama"), "yarn", factor=4), lora)
+    assert torch.equal(logits(after), logits(before))
+    assert not torch.equal(logits(after), plain)
+
+    merged = after.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path).eval()
+    assert torch.allclose(logits(loaded), logits(merged), atol=1e-6)
+
+
+def test_accelerate_prepared():
+    from accelerate import Accelerator
+
+    prepared = Accelerator(cpu=True).prepare(make_model("llama"))
+    assert torch.equal(logits(rope_scaling.patch(prepared, "yarn", factor=4)), _expected())
+
+
+def test_accelerate_dispatched_with_offload(tmp_path):
+    from accelerate import dispatch_model
+
+    model = make_model("llama")
+    devices = {name: "cpu" for name, _ in model.named_children()}
+    model = dispatch_model(model, devices | {"model": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert torch.equal(logits(rope_scaling.patch(model, "yarn", factor=4)), _expected())
+
+
+def test_wrapped_in_another_module():
+    wrapper = torch.nn.Sequential(make_model("llama"))
+    rope_scaling.patch(wrapper, "yarn", factor=4)
+    assert torch.equal(logits(wrapper[0]), _expected())
+    assert wrapper[0].config.rope_parameters["rope_type"] == "yarn"
+
+
+def test_automatic_mixed_precision_keeps_frequencies_float32():
+    model = rope_scaling.patch(make_model("llama"), "yarn", factor=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    assert rotary(model).inv_freq.dtype == torch.float32
+
+
+def _expected():
+    return logits(rope_scaling.patch(make_model("llama"), "yarn", factor=4))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiles_whole_and_does_not_recompile_as_the_length_grows(name):
+    torch._dynamo.reset()
+    model = rope_scaling.patch(make_model("llama"), name, **arguments_of(name, 8))
+    wanted = [logits(model, token_ids(length), use_cache=False) for length in (80, 96, 113, 150, 255)]
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    # The first length is compiled for; every other one must run what is there.
+    found = [logits(compiled, token_ids(80), use_cache=False)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found += [logits(compiled, token_ids(length), use_cache=False) for length in (96, 113, 150, 255)]
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
+
+
+def test_compiles_with_the_default_compiler():
+    torch._dynamo.reset()
+    model = rope_scaling.patch(make_model("llama", num_hidden_layers=1), "yarn", factor=4)
+    wanted = logits(model, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.allclose(logits(compiled, use_cache=False), wanted, atol=1e-4)
+
+
+def test_compiled_models_take_a_new_patch():
+    torch._dynamo.reset()
+    compiled = torch.compile(make_model("llama"), fullgraph=True, backend="eager")
+    logits(compiled, use_cache=False)
+    rope_scaling.patch(compiled, "yarn", factor=4)
+    assert torch.allclose(logits(compiled, use_cache=False), _expected(), atol=1e-5)
