@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rope_scaling.demo.corpus import held_out_documents
+from rope_scaling.demo.corpus import held_out_documents, python_reference
 from rope_scaling.errors import RopeScalingError
 
 
@@ -20,7 +20,8 @@ _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex"}
 
 @dataclass(frozen=True)
 class Document:
-    """A document as the model sees it: one BOS if the tokenizer has one, then its tokens, cut at the longest length."""
+    """A document as the model sees it: one BOS if the tokenizer has one, then its tokens, cut at the longest
+    length."""
 
     name: str
     ids: torch.Tensor
@@ -47,8 +48,9 @@ def read_texts(
     """Names and texts of a source of documents.
 
     Args:
-        source (`str`): `stdlib` (held-out modules of the running Python's standard library), a text file, a folder of
-            text files, a JSON-lines, CSV or Parquet file, or the name of a dataset on the hub.
+        source (`str`): `stdlib` (held-out modules of the running Python's standard library), `python-reference` (its
+            manual, one long English text), a text file, a folder of text files, a JSON-lines, CSV or Parquet file, or
+            the name of a dataset on the hub.
         column (`str`): Column that holds the text, in a table or dataset.
         split (`str`): Split of a hub dataset.
         subset (`str`, *optional*): Configuration of a hub dataset.
@@ -59,6 +61,8 @@ def read_texts(
     path = Path(source)
     if source == "stdlib":
         yield from held_out_documents().items()
+    elif source == "python-reference":
+        yield source, python_reference()
     elif path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.suffix in _TEXT_SUFFIXES and file.is_file()]
         if not files:
@@ -88,8 +92,8 @@ def make_documents(
         texts (iterable of name and text): What `read_texts` gives.
         tokenizer: The model's own.
         lengths (`list[int]`): Lengths to evaluate, in tokens with the BOS, ascending.
-        pieces (`bool`): Cut each text into as many documents of the longest length as it holds, in place of its start only.
-        max_documents (`int`, *optional*): Stop after that many.
+        pieces (`bool`): Cut each text into as many documents of the longest length as it holds, in place of its start
+        only. max_documents (`int`, *optional*): Stop after that many.
 
     Raises:
         RopeScalingError: no document is long enough.
@@ -114,7 +118,8 @@ def make_documents(
     if not items:
         found = f"the longest of {seen} has {longest} tokens" if seen else "there are none"
         raise RopeScalingError(
-            f"No document has {lengths[0]} tokens, the shortest length: {found}. Give longer texts or shorter `--lengths`."
+            f"No document has {lengths[0]} tokens, the shortest length: {found}. Give longer texts or shorter "
+            "`--lengths`."
         )
     return Documents(items, skipped)
 
@@ -139,5 +144,7 @@ def _read_table(name: str, column: str, split: str, **arguments: Any) -> Iterato
         ) from error
     for index, row in enumerate(rows):
         if column not in row:
-            raise RopeScalingError(f"The dataset has no column {column!r}; it has {', '.join(row)}. Name one with `--column`.")
+            raise RopeScalingError(
+                f"The dataset has no column {column!r}; it has {', '.join(row)}. Name one with `--column`."
+            )
         yield f"{index:05d}", str(row[column])

@@ -38,7 +38,9 @@ def parse_method(text: str) -> MethodSpec:
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise RopeScalingError(f"Method {text!r}: {part!r} is not `field=value`. Write it as in `yarn:beta_fast=16`.")
+            raise RopeScalingError(
+                f"Method {text!r}: {part!r} is not `field=value`. Write it as in `yarn:beta_fast=16`."
+            )
         try:
             arguments[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -1,7 +1,7 @@
 """Negative log-likelihood at every position, from one pass over each document.
 
-A causal model with static frequencies gives, in one chunked pass with a key-value cache, the loss that it would have at
-every shorter length too. So one pass at 8x the trained length holds the results of 1x, 2x and 4x.
+A causal model with static frequencies gives, in one chunked pass with a key-value cache, the loss that it would have
+at every shorter length too. So one pass at 8x the trained length holds the results of 1x, 2x and 4x.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.rotary import Slot, rotary_slots
+from rope_scaling.hf.rotary import rotary_slots
 
 
 @torch.inference_mode()
@@ -54,8 +54,8 @@ def cropped_nll_curve(
     """The cropping baseline: the same tokens, with the model given only what fits in its trained length.
 
     Within the trained length this is the plain pass. Beyond it, windows of the trained length start every half of it,
-    each with the document's first token (the BOS) in front, and the second half of each window is scored, so that every
-    token has between half and all of the trained length before it.
+    each with the document's first token (the BOS) in front, and the second half of each window is scored, so that
+    every token has between half and all of the trained length before it.
 
     Args:
         model (`nn.Module`): The unpatched model.
@@ -72,7 +72,9 @@ def cropped_nll_curve(
     starts = list(range(half, len(ids) - half, half))
     full = [start for start in starts if start + trained_length <= len(ids)]
     rows = max(chunk_size // trained_length, 1)
-    groups = [full[i : i + rows] for i in range(0, len(full), rows)] + [[start] for start in starts if start not in full]
+    groups = [full[i : i + rows] for i in range(0, len(full), rows)] + [
+        [start] for start in starts if start not in full
+    ]
     for group in groups:
         windows = torch.stack([torch.cat([ids[:1], ids[start + 1 : start + trained_length]]) for start in group])
         losses = nll_curve(model, windows, chunk_size)
@@ -88,16 +90,12 @@ def check_static(model: torch.nn.Module) -> None:
         RopeScalingError: `dynamic`, or `longrope` with two different lists of factors.
     """
     for slot in rotary_slots(model):
-        parameters = _parameters(slot)
+        parameters = slot.part_of(slot.config.rope_parameters)
         varies = slot.rope_type == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
         if "dynamic" in slot.rope_type or varies:
             raise RopeScalingError(
-                f"`rope_type` {slot.rope_type!r} of this model changes its frequencies with the length of the call, while keys "
+                f"`rope_type` {slot.rope_type!r} of this model changes its frequencies with the length of the "
+                "call, while keys "
                 "in the cache keep the old ones: one pass over a document would measure neither. Load it with static "
                 "frequencies (`rope_parameters` with rope_type 'default'), and patch it with a static method."
             )
-
-
-def _parameters(slot: Slot) -> dict:
-    parameters = slot.module.config.rope_parameters
-    return parameters[slot.layer_type] if slot.layer_type else parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ def perplexity_text(nll: float) -> str:
 def difference_text(row: dict[str, Any]) -> str:
     """A paired difference in nats, with its interval where there is one."""
     text = f"{row['difference']:+.2f}"
-    return text if row["difference_low"] is None else f"{text} [{row['difference_low']:+.2f},{row['difference_high']:+.2f}]"
+    return (
+        text
+        if row["difference_low"] is None
+        else f"{text} [{row['difference_low']:+.2f},{row['difference_high']:+.2f}]"
+    )
 
 
 def conditions(rows: list[dict[str, Any]]) -> str:
@@ -71,8 +76,10 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     count = max(r["documents"] for r in rows)
     return (
-        f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, {count} documents of {row['data']} "
-        f"({row['documents_sha256']}), {row['dtype']} on {row['device']}, chunks of {row['chunk_size']} tokens; {versions}"
+        f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, {count} documents "
+        f"of {row['data']} "
+        f"({row['documents_sha256']}), {row['dtype']} on {row['device']}, chunks of {row['chunk_size']} "
+        f"tokens; {versions}"
     )
 
 
@@ -104,7 +111,10 @@ def print_tables(rows: list[dict[str, Any]], console: Any) -> None:
 def _titled(rows: list[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     return [
         ("Perplexity by position", perplexity_table(rows)),
-        ("Difference to the unpatched model on the same tokens, nats a token, with 95% interval", difference_table(rows)),
+        (
+            "Difference to the unpatched model on the same tokens, nats a token, with 95% interval",
+            difference_table(rows),
+        ),
     ]
 
 
@@ -112,8 +122,8 @@ def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title:
     """Loss against position, one line a method, on a logarithmic axis of positions.
 
     Args:
-        curves (`dict` of label to list of `np.ndarray`): Loss at every position in nats, one array a document, `[T - 1]`.
-        trained_length (`int`): Marked by a vertical line, in tokens.
+        curves (`dict` of label to list of `np.ndarray`): Loss at every position in nats, one array a document, `[T -
+        1]`. trained_length (`int`): Marked by a vertical line, in tokens.
         title (`str`): Written above the plot.
         path (`Path`): PNG to write.
     """
@@ -133,7 +143,9 @@ def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title:
         axes.plot(positions, losses, label=label, **({"color": next(colours)} | style))
         last[label] = losses[-1]
     axes.axvline(trained_length, color="grey", linestyle=":")
-    axes.annotate("trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
+    axes.annotate(
+        "trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+    )
     axes.set_xscale("log", base=2)
     ticks = [trained_length * 2**k for k in range(-3, 12) if edges[0] <= trained_length * 2**k <= longest * 1.01]
     axes.set_xticks(ticks, [f"{tick}\n{tick / trained_length:g}x" for tick in ticks])
@@ -142,14 +154,20 @@ def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title:
     # In the order in which the lines end, top to bottom, so that legend and lines can be matched by eye.
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: -last[labels[i]])
-    axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        fontsize=9,
+    )
     figure.savefig(path, dpi=130)
 
 
 def _binned(values: list[np.ndarray], edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean loss over all documents in each bin of positions, at the bin's geometric middle."""
     positions, losses = [], []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         inside = [curve[low:high] for curve in values if len(curve) > low]
         if inside:
             positions.append(math.sqrt(low * high) + 1)

@@ -1,4 +1,5 @@
-"""Rows: one JSON object a measurement, with everything needed to trust it. Tables and plots are made from rows alone."""
+"""Rows: one JSON object a measurement, with everything needed to trust it. Tables and plots are made from rows
+alone."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def position_buckets(lengths: list[int], trained_length: int) -> list[tuple[int,
     """Half-open-from-below intervals of positions, in tokens: halves of the trained length, then length to length."""
     inner = {trained_length // 2, trained_length}
     edges = sorted({0} | {edge for edge in inner if edge <= lengths[-1]} | set(lengths))
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def measure(

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ def check_lengths(lengths: list[int]) -> None:
     """Raises `RopeScalingError` unless lengths are at least 2 tokens and strictly ascending."""
     if not lengths or any(length < 2 for length in lengths):
         raise RopeScalingError(f"`lengths` must be one or more numbers of tokens, at least 2; got {lengths}.")
-    if any(later <= earlier for earlier, later in zip(lengths[:-1], lengths[1:], strict=True)):
-        raise RopeScalingError(f"`lengths` must be ascending, without repetition; got {lengths}. Give {sorted(set(lengths))}.")
+    if any(later <= earlier for earlier, later in pairwise(lengths)):
+        raise RopeScalingError(
+            f"`lengths` must be ascending, without repetition; got {lengths}. Give {sorted(set(lengths))}."
+        )
 
 
 def evaluate(
@@ -79,7 +82,8 @@ def evaluate(
         documents (`Documents`): What `make_documents` gave.
         methods (list of `MethodSpec`): Methods beside the two baselines.
         config (`EvaluationConfig`): Settings, recorded in every row.
-        output (`Path`, *optional*): Folder for rows and curves. A folder with an unfinished run of the same settings is
+        output (`Path`, *optional*): Folder for rows and curves. A folder with an unfinished run of the same settings
+            is
             resumed at the document where it stopped.
         progress (callable, *optional*): Called after every forward pass over documents.
 
@@ -109,7 +113,12 @@ def evaluate(
 
 
 def _measure_curves(
-    model: torch.nn.Module, items: list[Document], spec: MethodSpec, config: EvaluationConfig, store: _Store, progress: Progress
+    model: torch.nn.Module,
+    items: list[Document],
+    spec: MethodSpec,
+    config: EvaluationConfig,
+    store: _Store,
+    progress: Progress,
 ) -> Curves:
     slot = read_description(model).slots[0]
     facts = {
@@ -125,12 +134,19 @@ def _measure_curves(
 
     values = _score_all(items, store.open(spec.label, facts["frequencies_sha256"]), score, spec.label, progress)
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
-        raise RopeScalingError(f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing.")
+        raise RopeScalingError(
+            f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing."
+        )
     return Curves(spec.label, values, facts)
 
 
 def _measure_cropping(
-    model: torch.nn.Module, items: list[Document], plain: Curves, config: EvaluationConfig, store: _Store, progress: Progress
+    model: torch.nn.Module,
+    items: list[Document],
+    plain: Curves,
+    config: EvaluationConfig,
+    store: _Store,
+    progress: Progress,
 ) -> Curves:
     facts = {**plain.facts, "method": CROPPING}
     known = {document.sha256: torch.from_numpy(curve) for document, curve in zip(items, plain.values, strict=True)}
@@ -143,13 +159,19 @@ def _measure_cropping(
 
 
 def _score_all(
-    items: list[Document], saved: _SavedCurves, score: Callable[[Document], torch.Tensor], label: str, progress: Progress
+    items: list[Document],
+    saved: _SavedCurves,
+    score: Callable[[Document], torch.Tensor],
+    label: str,
+    progress: Progress,
 ) -> list[np.ndarray]:
     for document in items:
         if document.sha256 not in saved.curves:
             curve = score(document).numpy()
             if not np.isfinite(curve).all():
-                raise RopeScalingError(f"{label!r} gives losses that are not finite on {document.name!r}: nothing to average.")
+                raise RopeScalingError(
+                    f"{label!r} gives losses that are not finite on {document.name!r}: nothing to average."
+                )
             saved.curves[document.sha256] = curve
             saved.write()
         progress(label, len(document.ids))
@@ -195,7 +217,9 @@ class _Store:
         if recorded.exists():
             self._compare(json.loads(recorded.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
         elif folder.exists() and any(folder.iterdir()):
-            raise RopeScalingError(f"The output folder {str(folder)!r} exists and holds other files. Give a new or empty one.")
+            raise RopeScalingError(
+                f"The output folder {str(folder)!r} exists and holds other files. Give a new or empty one."
+            )
         try:
             (folder / "curves").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -207,7 +231,8 @@ class _Store:
         if different:
             changes = ", ".join(f"{key} (there {old.get(key)!r}, now {new.get(key)!r})" for key in different)
             raise RopeScalingError(
-                f"The output folder {str(self.folder)!r} holds rows of another run: {changes}. Give another `--output`."
+                f"The output folder {str(self.folder)!r} holds rows of another run: {changes}. Give another "
+                "`--output`."
             )
 
     def open(self, label: str, frequencies: str) -> _SavedCurves:
@@ -219,4 +244,3 @@ class _Store:
     def finish(self, rows: list[dict[str, Any]]) -> None:
         if self.folder is not None:
             write_rows(self.folder / "rows.jsonl", rows)
-

@@ -22,9 +22,17 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from rope_scaling.demo import corpus, retrieval
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from rope_scaling.demo import corpus, retrieval
 
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -59,7 +67,9 @@ class PretrainConfig:
 class Windows(torch.utils.data.Dataset):
     """`num_windows` windows of a token stream, each behind a BOS; window `i` depends on `seed` and `i` alone."""
 
-    def __init__(self, stream: torch.Tensor, tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, num_windows: int):
+    def __init__(
+        self, stream: torch.Tensor, tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, num_windows: int
+    ):
         self.stream, self.tokenizer, self.config, self.num_windows = stream, tokenizer, config, num_windows
 
     def __len__(self) -> int:
@@ -90,7 +100,9 @@ class Windows(torch.utils.data.Dataset):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="pretrain_demo", help="a YAML file, or the name of one that ships with the package")
+    parser.add_argument(
+        "--config", default="pretrain_demo", help="a YAML file, or the name of one that ships with the package"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_steps", type=int, help="override, for a quick look")
     arguments = parser.parse_args(argv)
@@ -125,14 +137,20 @@ def main(argv: list[str] | None = None) -> None:
         "xz_bits_per_byte": xz_bits_per_byte(held_out),
     }
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
-    (arguments.output_dir / "training.json").write_text(json.dumps({"quality": quality, "history": history}, indent=1) + "\n")
+    (arguments.output_dir / "training.json").write_text(
+        json.dumps({"quality": quality, "history": history}, indent=1) + "\n"
+    )
     plot_loss(history, arguments.output_dir / "loss.png")
     print(json.dumps(quality, indent=1))
 
 
 def load_config(name: str, **overrides: object) -> PretrainConfig:
     """The configuration in a YAML file, or in the one of that name in this package; an unknown key is an error."""
-    path = Path(name) if name.endswith(".yaml") else Path(str(resources.files(__package__ or "rope_scaling.recipes"))) / f"{name}.yaml"
+    path = (
+        Path(name)
+        if name.endswith(".yaml")
+        else Path(str(resources.files(__package__ or "rope_scaling.recipes"))) / f"{name}.yaml"
+    )
     (config,) = HfArgumentParser(PretrainConfig).parse_yaml_file(path)
     return type(config)(**vars(config) | {key: value for key, value in overrides.items() if value is not None})
 
@@ -148,9 +166,15 @@ def train_tokenizer(texts, config: PretrainConfig) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     bos = (BOS, tokenizer.token_to_id(BOS))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, model_max_length=config.max_position_embeddings
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=config.max_position_embeddings,
     )
 
 
@@ -163,7 +187,11 @@ def token_stream(texts, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     shape = {name: getattr(config, name) for name in SHAPE}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
     return LlamaForCausalLM(LlamaConfig(**shape, **special, rope_parameters=rope, tie_word_embeddings=True))
 
 
@@ -197,7 +225,9 @@ def training_arguments(config: PretrainConfig, output_dir: Path) -> TrainingArgu
     )
 
 
-def consecutive_windows(stream: torch.Tensor, tokenizer: PreTrainedTokenizerFast, length: int) -> list[dict[str, torch.Tensor]]:
+def consecutive_windows(
+    stream: torch.Tensor, tokenizer: PreTrainedTokenizerFast, length: int
+) -> list[dict[str, torch.Tensor]]:
     """The whole stream in windows of `length` tokens, each of which starts anew with a BOS."""
     bos = torch.tensor([tokenizer.bos_token_id])
     windows = (torch.cat([bos, piece]) for piece in stream.split(length - 1) if len(piece) == length - 1)

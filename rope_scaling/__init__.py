@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from rope_scaling.hf.patch import patch, patched, unpatch
 
 
-from rope_scaling.version import __version__
+from rope_scaling.version import __version__ as __version__
 
-# What needs Transformers is found when it is first used, so that importing the library costs no more than importing torch.
+
+# What needs Transformers is found when it is first used, so that importing the library costs no more than importing
+# torch.
 _LAZY = {
     "describe": "rope_scaling.hf.describe",
     "patch": "rope_scaling.hf.patch",

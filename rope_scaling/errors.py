@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class RopeScalingError(ValueError):
@@ -19,7 +20,7 @@ def unknown_name(kind: str, given: str, available: Iterable[str]) -> RopeScaling
     return RopeScalingError(f"Unknown {kind} {given!r}.{hint} Available: {', '.join(names)}.")
 
 
-def check_number(name: str, value: object, *, at_least: float | None = None, above: float | None = None) -> float:
+def check_number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> float:
     """`value` as a finite float within bounds.
 
     Raises:
@@ -32,12 +33,18 @@ def check_number(name: str, value: object, *, at_least: float | None = None, abo
     return float(value)
 
 
-def check_length(name: str, value: object) -> int:
+def check_length(name: str, value: Any) -> int:
     """`value` as a positive whole number of tokens.
 
     Raises:
         RopeScalingError: `value` is not one.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 1 or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value
+        or value < 1
+        or value != int(value)
+    ):
         raise RopeScalingError(f"`{name}` must be a whole number of tokens, at least 1; got {value!r}.")
     return int(value)

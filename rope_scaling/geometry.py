@@ -18,7 +18,8 @@ class RopeGeometry:
     """
 
     rotary_dim: int
-    """Rotary width `R` of a head: how many of its dimensions are rotated, in pairs. Below `head_dim` in partial rotary models."""
+    """Rotary width `R` of a head: how many of its dimensions are rotated, in pairs. Below `head_dim` in partial
+    rotary models."""
     rope_theta: float
     """Base `b` of the pretrained frequencies `b^(-2i/R)`."""
     original_max_position_embeddings: int
@@ -28,12 +29,14 @@ class RopeGeometry:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     layer_type: str | None = None
-    """Which layers these numbers hold for, in models whose layer types rotate differently (`full_attention`); else `None`."""
+    """Which layers these numbers hold for, in models whose layer types rotate differently (`full_attention`); else
+    `None`."""
 
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise RopeScalingError(
-                f"The rotary width must be even and at least 2, because dimensions turn in pairs; got {self.rotary_dim}. "
+                "The rotary width must be even and at least 2, because dimensions turn in pairs; got "
+                f"{self.rotary_dim}. "
                 "Check `head_dim` and `partial_rotary_factor` in the model's config."
             )
         check_number("rope_theta", self.rope_theta, above=1.0)

@@ -50,7 +50,8 @@ FORMULA_VARIANTS = [
     ("drope", {"attention_factor": 1.1}),
 ]
 
-# Rotary width, base, trained length: usual models, a small head, and a trained length at which YaRN's upper end is clamped.
+# Rotary width, base, trained length: usual models, a small head, and a trained length at which YaRN's upper end is
+# clamped.
 GEOMETRIES = {
     "llama2": (128, 1e4, 4096),
     "llama3": (128, 5e5, 8192),

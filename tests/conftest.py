@@ -2,13 +2,15 @@
 
 import os
 
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when Transformers is imported
+
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TRAINED_LENGTH = 64
 
 _COMMON = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def run(
     dtype: str,
     device: str,
     chunk_size: int,
+    model_name: str | None,
     seed: int,
     output: Path | None,
     **_: Any,
@@ -35,6 +37,8 @@ def run(
     Raises:
         RopeScalingError: anything that the user can mend.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RopeScalingError("Evaluation needs matplotlib and datasets: pip install 'rope-scaling[eval]'.")
     runner = importlib.import_module("rope_scaling.eval.run")
     texts = importlib.import_module("rope_scaling.eval.documents")
     named = importlib.import_module("rope_scaling.eval.methods")
@@ -50,7 +54,7 @@ def run(
     tokens = parse_lengths(lengths, trained)
     runner.check_lengths(tokens)
     config = runner.EvaluationConfig(
-        model=model,
+        model=model_name or model,
         data=data,
         lengths=tokens,
         trained_length=trained,
@@ -62,7 +66,7 @@ def run(
     )
     sources = texts.read_texts(data, column=column, split=split, subset=subset)
     documents = texts.make_documents(sources, tokenizer, tokens, pieces=pieces, max_documents=max_documents)
-    folder = output or Path("runs") / f"evaluate-{model.strip('/').replace('/', '--')}"
+    folder = output or Path("runs") / f"evaluate-{(model_name or model).strip('./').replace('/', '--')}"
     rows, curves = _with_progress(runner, loaded, documents, specs, config, folder)
     _show(rows, curves, documents, folder)
 
@@ -81,7 +85,9 @@ def parse_lengths(text: str, trained_length: int) -> list[int]:
         except ValueError:
             value = -1.0
         if rest or value < 1:
-            raise RopeScalingError(f"`--lengths` takes numbers of tokens or multiples such as '1x,2x'; got {part!r} in {text!r}.")
+            raise RopeScalingError(
+                f"`--lengths` takes numbers of tokens or multiples such as '1x,2x'; got {part!r} in {text!r}."
+            )
         lengths.append(int(value))
     return lengths
 
@@ -96,12 +102,19 @@ def _factor(factor: float | None, target_length: int | None, longest: int, train
     return check_number("factor", factor, at_least=1.0) if factor is not None else max(longest / trained, 1.0)
 
 
-def _with_progress(runner: Any, model: Any, documents: Any, specs: list, config: Any, folder: Path) -> tuple[list, list]:
+def _with_progress(
+    runner: Any, model: Any, documents: Any, specs: list, config: Any, folder: Path
+) -> tuple[list, list]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     total = sum(len(document.ids) for document in documents.items) * (len(specs) + 2)
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+    )
     started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("", total=total, rate="")
@@ -119,7 +132,9 @@ def _show(rows: list, curves: list, documents: Any, folder: Path) -> None:
     report = importlib.import_module("rope_scaling.eval.report")
     (folder / "table.md").write_text(report.markdown_tables(rows), encoding="utf-8")
     values = {curve.label: curve.values for curve in curves}
-    report.plot_curves(values, rows[0]["trained_length"], f"Loss by position: {rows[0]['model']}", folder / "curves.png")
+    report.plot_curves(
+        values, rows[0]["trained_length"], f"Loss by position: {rows[0]['model']}", folder / "curves.png"
+    )
     console = Console()
     report.print_tables(rows, console)
     if documents.skipped:

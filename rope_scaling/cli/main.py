@@ -26,22 +26,43 @@ def evaluate(
     model: Annotated[str, typer.Option(help="'demo' (the embedded model), a folder, or a hub id.")] = "demo",
     method: Annotated[
         Optional[list[str]],
-        typer.Option(help="Repeat for several; fields as in 'yarn:beta_fast=16'. [default: every method that needs only a factor]"),
+        typer.Option(
+            help=(
+                "Repeat for several; fields as in 'yarn:beta_fast=16'. [default: every method that needs only "
+                "a factor]"
+            )
+        ),
     ] = None,
-    factor: Annotated[Optional[float], typer.Option(help="Factor to patch with. [default: longest length over trained length]")] = None,
+    factor: Annotated[
+        Optional[float], typer.Option(help="Factor to patch with. [default: longest length over trained length]")
+    ] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
-    lengths: Annotated[str, typer.Option(help="Ascending, in tokens ('8192,16384') or trained lengths ('1x,2x').")] = "1x,2x,4x,8x",
-    data: Annotated[str, typer.Option(help="'stdlib', a text file, a folder, a JSON-lines/CSV/Parquet file, or a hub dataset.")] = "stdlib",
+    lengths: Annotated[
+        str, typer.Option(help="Ascending, in tokens ('8192,16384') or trained lengths ('1x,2x').")
+    ] = "1x,2x,4x,8x",
+    data: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "'stdlib', 'python-reference', a text file, a folder, a JSON-lines/CSV/Parquet file, or a hub dataset."
+            )
+        ),
+    ] = "stdlib",
     column: Annotated[str, typer.Option(help="Column of the text, in a table or dataset.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "test",
     subset: Annotated[Optional[str], typer.Option(help="Configuration of a hub dataset.")] = None,
-    pieces: Annotated[bool, typer.Option(help="Cut each text into documents of the longest length, in place of its start only.")] = False,
+    pieces: Annotated[
+        bool, typer.Option(help="Cut each text into documents of the longest length, in place of its start only.")
+    ] = False,
     max_documents: Annotated[Optional[int], typer.Option(help="Stop after that many documents.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     chunk_size: Annotated[int, typer.Option(help="Tokens of a forward call.", min=1)] = 2048,
+    model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    output: Annotated[Optional[Path], typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL]")] = None,
+    output: Annotated[
+        Optional[Path], typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL]")
+    ] = None,
 ) -> None:
     """Measure perplexity at every position: unpatched, cropped, and under each method."""
     command = importlib.import_module("rope_scaling.cli.evaluate")
@@ -60,10 +81,14 @@ def methods() -> None:
     for heading in ("name", "what it changes", "training", "paper"):
         table.add_column(heading, no_wrap=True)
     for name, cls in METHODS.items():
-        paper = cls.paper.removeprefix("https://huggingface.co/papers/").replace("https://kexue.fm/archives/", "kexue ")
+        paper = cls.paper.removeprefix("https://huggingface.co/papers/").replace(
+            "https://kexue.fm/archives/", "kexue "
+        )
         table.add_row(name, cls.changes, cls.needs_training, paper)
     Console().print(table)
-    print("\nPapers by number: https://huggingface.co/papers/NUMBER. Fine-tuning: not needed (no), helps, needed (yes).")
+    print(
+        "\nPapers by number: https://huggingface.co/papers/NUMBER. Fine-tuning: not needed (no), helps, needed (yes)."
+    )
     print("Try one: rope-scaling describe demo --method yarn --factor 8 --pairs")
 
 

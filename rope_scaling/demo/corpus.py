@@ -38,6 +38,13 @@ def held_out_documents() -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
+def python_reference() -> str:
+    """Python's own reference as `pydoc` shows it: about half a megabyte of English, the same text for any model."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
 def training_documents() -> dict[str, str]:
     """Every other module, with those tests that do not exercise a held-out module, name to text."""
     held_out = set(held_out_names())

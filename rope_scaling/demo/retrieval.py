@@ -1,7 +1,7 @@
 """In-context retrieval that even a very small language model learns: copy a span, look a key up.
 
-The embedded model is trained on a share of such examples of at most its trained length; the same generators make longer
-ones, so that the skill's collapse and repair beyond the trained length can be measured.
+The embedded model is trained on a share of such examples of at most its trained length; the same generators make
+longer ones, so that the skill's collapse and repair beyond the trained length can be measured.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def lookup_example(rng: random.Random, encode: Encode, filler: Sequence[int], le
     """
     table = {word(rng): rng.randrange(1000, 10000) for _ in range(num_keys)}
     head = encode("table = {\n" + "".join(f'    "{key}": {value},\n' for key, value in table.items()) + "}\n")
-    asked = [(encode(f'assert table["{key}"] =='), encode(f" {table[key]}")) for key in rng.sample(list(table), len(table))]
+    asked = [
+        (encode(f'assert table["{key}"] =='), encode(f" {table[key]}")) for key in rng.sample(list(table), len(table))
+    ]
     newline = encode("\n")
     tail = sum(len(question) + len(answer) + len(newline) for question, answer in asked)
     ids = [*head, *filler[: max(length - len(head) - tail, 0)]]

@@ -1,4 +1,5 @@
-"""Frequency methods: how fast each pair turns. One method a file; adding one is a file, an import and a line in `METHODS`."""
+"""Frequency methods: how fast each pair turns. One method a file; adding one is a file, an import and a line in
+`METHODS`."""
 
 from __future__ import annotations
 
@@ -77,5 +78,7 @@ def make_method(name: str, **arguments: Any) -> FrequencyMethod:
             raise unknown_name(f"argument of {name!r}:", argument, known or ["(none)"])
     missing = [field.name for field in fields(cls) if field.name not in arguments and field.default is MISSING]
     if missing:
-        raise RopeScalingError(f"{name!r} needs {', '.join(f'`{field}`' for field in missing)}; got {arguments or 'nothing'}.")
+        raise RopeScalingError(
+            f"{name!r} needs {', '.join(f'`{field}`' for field in missing)}; got {arguments or 'nothing'}."
+        )
     return cls(**arguments)

@@ -37,7 +37,9 @@ class Abf(FrequencyMethod):
         if self.rope_theta is not None:
             check_number("rope_theta", self.rope_theta, above=1.0)
         elif self.factor is None:
-            raise RopeScalingError("`abf` needs a new base, `rope_theta`, or a `factor` to derive one from; got neither.")
+            raise RopeScalingError(
+                "`abf` needs a new base, `rope_theta`, or a `factor` to derive one from; got neither."
+            )
 
     def base(self, geometry: RopeGeometry) -> float:
         """The new base for this model.

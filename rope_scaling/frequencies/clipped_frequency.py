@@ -28,7 +28,8 @@ class ClippedFrequency(FrequencyMethod):
     needs_training: ClassVar[str] = "yes"
 
     num_pairs: int | None = None
-    """How many of the slowest pairs; by default those whose wavelength exceeds the trained length (the paper: 20 of 64)."""
+    """How many of the slowest pairs; by default those whose wavelength exceeds the trained length (the paper: 20 of
+    64)."""
     soft: bool = True
     """Taper (the paper's CoPE) or stop (its HardClip)."""
 
@@ -42,7 +43,8 @@ class ClippedFrequency(FrequencyMethod):
         if clipped > geometry.num_pairs:
             raise RopeScalingError(f"`num_pairs` is {clipped}; this model rotates {geometry.num_pairs} pairs.")
         taper = (1 + torch.cos(torch.pi * torch.linspace(0, 1, clipped, dtype=torch.float64))) / 2
-        # The cosine of pi is -1 only up to rounding, and a single pair has no taper: the last pair stands still by definition.
+        # The cosine of pi is -1 only up to rounding, and a single pair has no taper: the last pair stands still by
+        # definition.
         taper[-1:] = 0.0
         multiplier = torch.ones(geometry.num_pairs, dtype=torch.float64)
         multiplier[geometry.num_pairs - clipped :] = taper if self.soft else 0.0

@@ -19,8 +19,8 @@ class LongRope(FrequencyMethod):
 
     `theta'_i = theta_i / lambda_i`; cos and sin times `sqrt(1 + ln(s) / ln(L0))`.
 
-    Static: the long factors at every length, or, at `factor=1`, the short ones. Deployments that switch between the two
-    at the trained length invalidate the keys in their cache when they do.
+    Static: the long factors at every length, or, at `factor=1`, the short ones. Deployments that switch between the
+    two at the trained length invalidate the keys in their cache when they do.
     """
 
     name: ClassVar[str] = "longrope"

@@ -31,7 +31,9 @@ class PRope(FrequencyMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if check_number("partial_rotary_factor", self.partial_rotary_factor, at_least=0.0) > 1:
-            raise RopeScalingError(f"`partial_rotary_factor` must be between 0 and 1; got {self.partial_rotary_factor:g}.")
+            raise RopeScalingError(
+                f"`partial_rotary_factor` must be between 0 and 1; got {self.partial_rotary_factor:g}."
+            )
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
         inv_freq = default_inv_freq(geometry)

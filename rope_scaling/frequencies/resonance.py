@@ -42,6 +42,8 @@ class Resonance(FrequencyMethod):
         return getattr(self.wrapped, "factor", None)
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
-        inv_freq, attention_factor = self.wrapped.frequencies(geometry) if self.wrapped else (default_inv_freq(geometry), 1.0)
+        inv_freq, attention_factor = (
+            self.wrapped.frequencies(geometry) if self.wrapped else (default_inv_freq(geometry), 1.0)
+        )
         wavelengths = (2 * math.pi / inv_freq).round()
         return 2 * math.pi / wavelengths, attention_factor

@@ -46,7 +46,8 @@ class Yarn(FrequencyMethod):
     truncate: bool = True
     """Round the ends of the ramp outwards to whole pairs."""
     revised: bool = False
-    """Interpolate wavelengths in place of frequencies, `theta_i / (1 - r_i + s r_i)`, as PoSE's "revised YaRN" does."""
+    """Interpolate wavelengths in place of frequencies, `theta_i / (1 - r_i + s r_i)`, as PoSE's "revised YaRN"
+    does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +62,9 @@ class Yarn(FrequencyMethod):
     def default_attention_factor(self) -> float:
         """The attention factor when none is given."""
         if self.mscale and self.mscale_all_dim:
-            return yarn_attention_factor(self.factor, self.mscale) / yarn_attention_factor(self.factor, self.mscale_all_dim)
+            return yarn_attention_factor(self.factor, self.mscale) / yarn_attention_factor(
+                self.factor, self.mscale_all_dim
+            )
         return yarn_attention_factor(self.factor)
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,9 +40,12 @@ class SlotDescription:
     """`[R / 2]`, float32."""
 
     def pair_table(self) -> str:
-        """One line a pair: index, wavelength as trained and now in tokens, slow-down, turns within trained and target length."""
+        """One line a pair: index, wavelength as trained and now in tokens, slow-down, turns within trained and target
+        length."""
         lines = ["  pair   wavelength      now     slow-down   turns in trained / target length"]
-        for index, (old, new) in enumerate(zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)):
+        for index, (old, new) in enumerate(
+            zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)
+        ):
             stands = abs(new) < 1e-30
             now = "stands still" if stands else f"{2 * math.pi / new:12.2f}"
             slower = "         " if stands or not old else f"x{old / new:8.4f}"
@@ -55,9 +58,11 @@ class SlotDescription:
         return "\n".join(
             [
                 f"{where}: {self.method}",
-                f"  length            {self.original_length} trained, {self.reach} as it arrived, {self.target_length} now",
+                f"  length            {self.original_length} trained, {self.reach} as it arrived, "
+                f"{self.target_length} now",
                 f"  attention factor  {self.attention_factor:.6g}",
-                f"  frequencies       {len(self.inv_freq)} pairs, {self.inv_freq.dtype}, on {self.inv_freq.device}: {self.arithmetic}",
+                f"  frequencies       {len(self.inv_freq)} pairs, {self.inv_freq.dtype}, on "
+                f"{self.inv_freq.device}: {self.arithmetic}",
                 f"  saved             {self.reload}",
             ]
         )
@@ -115,7 +120,13 @@ def method_text(method: Any) -> str:
     """A method as one would write it: `yarn(factor=4)`; lists are shortened to their length."""
     values = changed_fields(method)
     shown = {
-        name: f"<{len(value)} numbers>" if isinstance(value, tuple) else method_text(value) if hasattr(value, "name") else f"{value:g}" if isinstance(value, float) else value
+        name: f"<{len(value)} numbers>"
+        if isinstance(value, tuple)
+        else method_text(value)
+        if hasattr(value, "name")
+        else f"{value:g}"
+        if isinstance(value, float)
+        else value
         for name, value in values.items()
     }
     return f"{method.name}({', '.join(f'{name}={value}' for name, value in shown.items())})"
@@ -140,13 +151,13 @@ def _describe_patched(slot: Slot, change: Patch) -> SlotDescription:
 
 
 def _describe_unpatched(slot: Slot) -> SlotDescription:
-    config = slot.module.config
+    config = slot.config
     saved_patched = hasattr(config, RECORD_KEY)
     pretrained: Pretrained = read_pretrained(slot, pretrained_settings(config))
     arrived = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
     if saved_patched:
         arrived = f"saved with {config.rope_scaling_patch['method']['name']}; `patch(model)` makes it live"
-    current = config.rope_parameters[slot.layer_type] if slot.layer_type else config.rope_parameters
+    current = slot.part_of(config.rope_parameters)
     return SlotDescription(
         module=slot.path,
         layer_type=slot.layer_type,
@@ -155,7 +166,9 @@ def _describe_unpatched(slot: Slot) -> SlotDescription:
         reach=pretrained.reach,
         target_length=config.max_position_embeddings if saved_patched else pretrained.reach,
         attention_factor=slot.attention_factor,
-        arithmetic="both sets by length of the call" if pretrained.length_dependent else f"rope_type {current['rope_type']!r}",
+        arithmetic="both sets by length of the call"
+        if pretrained.length_dependent
+        else f"rope_type {current['rope_type']!r}",
         reload=f"plain Transformers reloads it, as rope_type {current['rope_type']!r}",
         inv_freq=slot.inv_freq,
         pretrained_inv_freq=default_inv_freq(pretrained.geometry).float(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.pretrained import Pretrained, changed_fields, config_with, host_frequencies
+from rope_scaling.hf.pretrained import Pretrained, changed_fields, config_with, factor_of, host_frequencies
 from rope_scaling.hf.rotary import Slot
 
 
@@ -37,10 +36,11 @@ def target_length(pretrained: Pretrained, method: FrequencyMethod, given: int | 
     """The length that a patched model is meant for, in tokens.
 
     Raises:
-        RopeScalingError: the given length is below what the model reads already, or contradicts the method's own factor.
+        RopeScalingError: the given length is below what the model reads already, or contradicts the method's own
+        factor.
     """
-    factor = getattr(method, "factor", None)
-    derived = int(pretrained.reach * factor) if factor else pretrained.reach
+    factor = factor_of(method)
+    derived = int(pretrained.reach * factor)
     if given is None:
         return derived
     if given < pretrained.reach:
@@ -48,9 +48,10 @@ def target_length(pretrained: Pretrained, method: FrequencyMethod, given: int | 
             f"`target_length` is {given}, but the model reads {pretrained.reach} tokens as it is; "
             f"give at least {pretrained.reach}."
         )
-    if factor and abs(given - pretrained.reach * factor) >= 1:
+    if factor > 1 and abs(given - pretrained.reach * factor) >= 1:
         raise RopeScalingError(
-            f"`target_length` is {given}, but the method's factor {factor:g} times {pretrained.reach} tokens is {derived}. "
+            f"`target_length` is {given}, but the method's factor {factor:g} times {pretrained.reach} tokens "
+            f"is {derived}. "
             "Give one of the two."
         )
     return given
@@ -68,28 +69,32 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
     """
     geometry = pretrained.geometry
     inv_freq, attention_factor, native, arithmetic = _closed_form(pretrained, method)
-    fallback = longrope_parameters(geometry, inv_freq, attention_factor, length / geometry.original_max_position_embeddings)
+    fallback = longrope_parameters(
+        geometry, inv_freq, attention_factor, length / geometry.original_max_position_embeddings
+    )
     refusals = []
     for candidate in (native, fallback):
         parameters = {**pretrained.other_parameters, "rope_theta": geometry.rope_theta, **(candidate or fallback)}
         try:
-            nested = _nested(slot, parameters)
-            found, found_factor = host_frequencies(slot, config_with(slot, nested, length), length=None)
-        except Exception as error:  # noqa: BLE001  a config class may refuse a type in any way; the next form may do
+            whole = slot.with_part(slot.config.rope_parameters, parameters)
+            found, found_factor = host_frequencies(slot, config_with(slot, whole, length))
+        except Exception as error:
             refusals.append(f"{parameters['rope_type']}: {error}")
             continue
         if matches(found, inv_freq) and abs(found_factor - attention_factor) <= _TOLERANCE * abs(attention_factor):
             return Extension(found, found_factor, parameters, arithmetic)
         refusals.append(f"{parameters['rope_type']}: Transformers computes other frequencies from it")
     raise RopeScalingError(
-        f"{type(slot.module.config).__name__} cannot express {method.name!r}, so a saved model would lose it. "
+        f"{type(slot.config).__name__} cannot express {method.name!r}, so a saved model would lose it. "
         f"Tried {'; '.join(refusals)}."
     )
 
 
 def matches(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether frequencies agree to float32 rounding; a pair that stands still may turn by less than 1e-30 a token."""
-    return found.shape == wanted.shape and torch.allclose(found.double().cpu(), wanted.double(), rtol=_TOLERANCE, atol=1e-30)
+    return found.shape == wanted.shape and torch.allclose(
+        found.double().cpu(), wanted.double(), rtol=_TOLERANCE, atol=1e-30
+    )
 
 
 def _closed_form(
@@ -100,14 +105,19 @@ def _closed_form(
     length, reach = geometry.original_max_position_embeddings, pretrained.reach
     if arrived is None:
         inv_freq, attention_factor = method.frequencies(geometry)
-        return inv_freq, attention_factor, method.rope_parameters(geometry), f"{method.name} over {length} trained tokens"
+        return (
+            inv_freq,
+            attention_factor,
+            method.rope_parameters(geometry),
+            f"{method.name} over {length} trained tokens",
+        )
     if type(arrived) is type(method) and hasattr(method, "factor") and method.name != "longrope":
-        own = {key: value for key, value in changed_fields(method).items() if key != "factor"}
-        merged = replace(arrived, **own, factor=arrived.factor * method.factor)  # type: ignore[attr-defined]
+        before, more = factor_of(arrived), factor_of(method)
+        merged = replace(arrived, **{**changed_fields(method), "factor": before * more})
         inv_freq, attention_factor = merged.frequencies(geometry)
         arithmetic = (
-            f"arrived with {arrived.name} x{arrived.factor:g} over {length} tokens; "  # type: ignore[attr-defined]
-            f"x{method.factor:g} more makes {arrived.name} x{merged.factor:g} over {length} tokens"  # type: ignore[attr-defined]
+            f"arrived with {arrived.name} x{before:g} over {length} tokens; "
+            f"x{more:g} more makes {arrived.name} x{before * more:g} over {length} tokens"
         )
         return inv_freq, attention_factor, merged.rope_parameters(geometry), arithmetic
     as_trained = replace(geometry, original_max_position_embeddings=reach)
@@ -118,10 +128,3 @@ def _closed_form(
         f"{method.name} does to a model trained at {reach} tokens"
     )
     return inv_freq, pretrained.attention_factor * factor, None, arithmetic
-
-
-def _nested(slot: Slot, parameters: dict[str, Any]) -> dict[str, Any]:
-    """`parameters` in the place where the slot's config has them."""
-    if not slot.layer_type:
-        return parameters
-    return {**copy.deepcopy(slot.module.config.rope_parameters), slot.layer_type: parameters}  # type: ignore[union-attr, operator]

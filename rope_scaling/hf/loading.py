@@ -29,7 +29,9 @@ def model_source(name: str) -> str:
     if path.is_dir() and not (path / "config.json").exists():
         raise RopeScalingError(f"The folder {name!r} holds no model: it has no `config.json`.")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise RopeScalingError(f"There is no model folder {name!r}. Give a folder, a hub id such as 'org/name', or 'demo'.")
+        raise RopeScalingError(
+            f"There is no model folder {name!r}. Give a folder, a hub id such as 'org/name', or 'demo'."
+        )
     return name
 
 

@@ -6,18 +6,20 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from rope_scaling.errors import RopeScalingError, check_length, check_number, unknown_name
-from rope_scaling.frequencies import FrequencyMethod, make_method, method_class
+from rope_scaling.errors import RopeScalingError, check_length
+from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.extend import Extension, extend, matches, target_length
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, host_frequencies, pretrained_settings, read_pretrained
 from rope_scaling.hf.record import check_record, make_record, method_from_record
+from rope_scaling.hf.resolve import choose_slots, resolve_method
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
 
 
@@ -72,7 +74,8 @@ def patch(
         factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
         target_length (`int`, *optional*): The same in tokens. Exactly one of the two for a method made for a length.
         original_max_position_embeddings (`int`, *optional*): Trained length in tokens, where the config has none.
-        layer_types (`str` or list of `str`, *optional*): In models whose layer types rotate differently, which to scale:
+        layer_types (`str` or list of `str`, *optional*): In models whose layer types rotate differently, which to
+            scale:
             names, or `"all"`. By default full attention only.
         **arguments: Fields of the method, when it is given by name.
 
@@ -80,21 +83,28 @@ def patch(
         `nn.Module`: the model itself.
 
     Raises:
-        RopeScalingError: bad arguments, a model without RoPE, or a change that could not be verified on the module. The
+        RopeScalingError: bad arguments, a model without RoPE, or a change that could not be verified on the module.
+        The
             model is left as it was.
     """
     slots = rotary_slots(model)
     if method is None:
         given = {"factor": factor, "target_length": target_length, "layer_types": layer_types, **arguments}
         if leftover := [name for name, value in given.items() if value is not None]:
-            raise RopeScalingError(f"{', '.join(leftover)} given without a method. Name one, as in `patch(model, 'yarn', factor=4)`.")
+            raise RopeScalingError(
+                f"{', '.join(leftover)} given without a method. Name one, as in `patch(model, 'yarn', factor=4)`."
+            )
         record = _recorded(slots)
         recorded, length = method_from_record(record["method"]), record["target_length"]
-        return _apply(model, slots, recorded, length, record["original_max_position_embeddings"], record["layer_types"])
+        return _apply(
+            model, slots, recorded, length, record["original_max_position_embeddings"], record["layer_types"]
+        )
     if original_max_position_embeddings is not None:
-        original_max_position_embeddings = check_length("original_max_position_embeddings", original_max_position_embeddings)
+        original_max_position_embeddings = check_length(
+            "original_max_position_embeddings", original_max_position_embeddings
+        )
     settings = pretrained_settings(_config(slots))
-    chosen = _choose_layer_types(slots, layer_types)
+    chosen = choose_slots(slots, layer_types)
     reach = max(read_pretrained(slot, settings, original_max_position_embeddings).reach for slot in chosen)
     method, length = resolve_method(method, reach, factor, target_length, arguments)
     names = None if chosen[0].layer_type is None else sorted({slot.layer_type for slot in chosen if slot.layer_type})
@@ -146,76 +156,6 @@ def applied_patch(slots: list[Slot]) -> Applied | None:
     return next((record for slot in slots if (record := patched_record(slot))), None)
 
 
-def resolve_method(
-    method: str | FrequencyMethod | Sequence[FrequencyMethod],
-    reach: int,
-    factor: float | None,
-    target_length: int | None,
-    arguments: dict[str, Any],
-) -> tuple[FrequencyMethod, int | None]:
-    """A method object and, where it is given apart from the method, the target length.
-
-    Args:
-        reach (`int`): Tokens that the model reads as it arrives, which `factor` multiplies.
-
-    Raises:
-        RopeScalingError: unknown names, both or neither of factor and length, or values that are not allowed.
-    """
-    if factor is not None and target_length is not None:
-        raise RopeScalingError(
-            f"Give `factor` or `target_length`, not both; got factor={factor!r} and target_length={target_length!r}."
-        )
-    if factor is not None:
-        check_number("factor", factor, at_least=1.0)
-    if target_length is not None:
-        target_length = check_length("target_length", target_length)
-        if target_length < reach:
-            raise RopeScalingError(
-                f"`target_length` is {target_length}, but the model reads {reach} tokens as it is; give at least {reach}."
-            )
-    wanted = factor if factor is not None else target_length / reach if target_length is not None else None
-    if isinstance(method, str):
-        made = _make_method(method, wanted, arguments)
-    else:
-        made = _single_method(method)
-        if arguments:
-            raise RopeScalingError(
-                f"{', '.join(f'`{name}`' for name in arguments)}: a method object carries its own fields; set them there, "
-                f"as in `{type(made).__name__}(...)`."
-            )
-        if factor is not None and getattr(made, "factor", None) not in (None, factor):
-            raise RopeScalingError(f"`factor` is {factor:g}, but the method object has {made.factor:g}. Give one of the two.")  # type: ignore[attr-defined]
-    if target_length is None and factor is not None:
-        target_length = int(reach * factor)
-    return made, target_length
-
-
-def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> FrequencyMethod:
-    inner = arguments.get("wrapped", name)
-    cls = method_class(inner if isinstance(inner, str) else name)
-    factors = [field for field in fields(cls) if field.name == "factor"]
-    if factors and factor is not None:
-        arguments = {**arguments, "factor": factor}
-    elif factors and factors[0].default is MISSING:
-        method_class(name)
-        raise RopeScalingError(
-            f"{name!r} needs to know how far: give `factor` or `target_length`, as in `patch(model, {name!r}, factor=4)`."
-        )
-    return make_method(name, **arguments)
-
-
-def _single_method(method: Any) -> FrequencyMethod:
-    methods = list(method) if isinstance(method, (list, tuple)) else [method]
-    if len(methods) != 1:
-        names = ", ".join(getattr(one, "name", repr(one)) for one in methods) or "none"
-        raise RopeScalingError(f"A patch holds one frequency method; got {len(methods)}: {names}.")
-    if not isinstance(methods[0], FrequencyMethod):
-        raise RopeScalingError(
-            f"`method` must be a name such as 'yarn' or a method object such as `Yarn(factor=4)`; got {methods[0]!r}."
-        )
-    return methods[0]
-
-
 def _apply(
     model: nn.Module,
     slots: list[Slot],
@@ -236,13 +176,13 @@ def _apply(
         _check_as_configured(slot, pretrained)
         target = target_length(pretrained, method, length)
         extension = extend(slot, pretrained, method, target)
-        if torch.equal(extension.inv_freq, pretrained.inv_freq) and extension.attention_factor == pretrained.attention_factor:
+        if (
+            torch.equal(extension.inv_freq, pretrained.inv_freq)
+            and extension.attention_factor == pretrained.attention_factor
+        ):
             raise RopeScalingError(f"{method} changes nothing on this model: every frequency stays as it is.")
         patches[slot.path, slot.layer_type] = Patch(method, target, pretrained, extension)
-        if slot.layer_type:
-            parameters[slot.layer_type] = extension.rope_parameters
-        else:
-            parameters = extension.rope_parameters
+        parameters = slot.with_part(parameters, extension.rope_parameters)
     _warn_of_windows(config, target)
     after = {
         "rope_parameters": parameters,
@@ -275,9 +215,14 @@ def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[
 
 def _verify(slot: Slot, change: Patch) -> None:
     found, wanted = slot.inv_freq.cpu(), change.extension.inv_freq
-    if found.dtype != torch.float32 or not torch.equal(found, wanted) or slot.attention_factor != change.extension.attention_factor:
+    if (
+        found.dtype != torch.float32
+        or not torch.equal(found, wanted)
+        or slot.attention_factor != change.extension.attention_factor
+    ):
         raise RopeScalingError(
-            f"The patch did not take effect on `{slot.path}` ({type(slot.module).__name__}): its frequencies, read back, "
+            f"The patch did not take effect on `{slot.path}` ({type(slot.module).__name__}): its frequencies, "
+            "read back, "
             "are not those of the method. The model was left as it was; please report the model class."
         )
 
@@ -290,32 +235,17 @@ def _check_as_configured(slot: Slot, pretrained: Pretrained) -> None:
         )
     if patched_record(slot) is not None or pretrained.length_dependent or slot.inv_freq.is_meta:
         return
-    expected, _ = host_frequencies(slot, slot.module.config)
+    expected, _ = host_frequencies(slot, slot.config)
     found = slot.inv_freq.float().cpu()
     rounding = {torch.float32: 1e-5, torch.float16: 2e-3}.get(slot.inv_freq.dtype, 1e-2)
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=rounding, atol=1e-7 if rounding > 1e-5 else 1e-30):
+    if found.shape != expected.shape or not torch.allclose(
+        found, expected, rtol=rounding, atol=1e-7 if rounding > 1e-5 else 1e-30
+    ):
         raise RopeScalingError(
-            f"The frequencies in `{slot.path}` are not those of the model's config, so one of the two was changed after "
+            f"The frequencies in `{slot.path}` are not those of the model's config, so one of the two was "
+            "changed after "
             "loading. Transformers reads the config only when it builds a model: load the model again and patch it."
         )
-
-
-def _choose_layer_types(slots: list[Slot], wanted: str | Sequence[str] | None) -> list[Slot]:
-    names = sorted({slot.layer_type for slot in slots if slot.layer_type})
-    if not names:
-        if wanted not in (None, "all"):
-            raise RopeScalingError(f"`layer_types` is {wanted!r}, but all layers of this model rotate alike. Leave it out.")
-        return slots
-    if wanted is None:
-        chosen = [name for name in names if "full" in name] or names
-    elif wanted == "all":
-        chosen = names
-    else:
-        chosen = [wanted] if isinstance(wanted, str) else list(wanted)
-        for name in chosen:
-            if name not in names:
-                raise unknown_name("layer type", name, names)
-    return [slot for slot in slots if slot.layer_type in chosen]
 
 
 def _warn_of_windows(config: Any, length: int) -> None:
@@ -333,17 +263,19 @@ def _recorded(slots: list[Slot], otherwise: str | None = None) -> dict[str, Any]
     record = getattr(_config(slots), RECORD_KEY, None)
     if record is None:
         raise RopeScalingError(
-            otherwise or "The model's config has no record of a patch. Name a method, as in `patch(model, 'yarn', factor=4)`."
+            otherwise
+            or "The model's config has no record of a patch. Name a method, as in `patch(model, 'yarn', factor=4)`."
         )
     return check_record(record)
 
 
 def _config(slots: list[Slot]) -> Any:
-    configs = {id(slot.module.config): slot.module.config for slot in slots}
+    configs = {id(slot.config): slot.config for slot in slots}
     if len({str(getattr(config, "rope_parameters", None)) for config in configs.values()}) > 1:
         raise RopeScalingError(
             "This model has several decoders with different RoPE parameters "
-            f"({', '.join(sorted({slot.path for slot in slots}))}). Patch the one you want, as in `patch(model.decoder, ...)`."
+            f"({', '.join(sorted({slot.path for slot in slots}))}). Patch the one you want, as in "
+            "`patch(model.decoder, ...)`."
         )
     return next(iter(configs.values()))
 
@@ -354,11 +286,11 @@ def _config_state(config: Any) -> dict[str, Any]:
 
 def _set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any]) -> None:
     """Writes the attributes into every config that describes these slots, so that whichever is saved is right."""
-    configs = {id(slot.module.config): slot.module.config for slot in slots}
+    configs = {id(slot.config): slot.config for slot in slots}
     parameters = str(_config(slots).rope_parameters)
     for module in model.modules():
         config = getattr(module, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else None
+        text: Any = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
         if text is not None and str(getattr(text, "rope_parameters", None)) == parameters:
             configs[id(text)] = text
     for config in configs.values():
@@ -381,5 +313,5 @@ def _load(model: nn.Module, slots: list[Slot], settings: dict[str, Any]) -> None
     """Gives modules that hold a saved patch the frequencies of the pretrained settings, as loading those would."""
     _set_config(model, slots, settings)
     for slot in slots:
-        inv_freq, attention_factor = host_frequencies(slot, slot.module.config)
-        slot.load(inv_freq, attention_factor, slot.module.config.rope_parameters)
+        inv_freq, attention_factor = host_frequencies(slot, slot.config)
+        slot.load(inv_freq, attention_factor, slot.config.rope_parameters)

@@ -1,4 +1,5 @@
-"""How a model arrived: its geometry, the scaling it already has, and how far that reaches. Read from its config alone."""
+"""How a model arrived: its geometry, the scaling it already has, and how far that reaches. Read from its config
+alone."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from rope_scaling.hf.rotary import Slot
 RECORD_KEY = "rope_scaling_patch"
 """Where a patched model's config keeps the readable record of the method."""
 
-_NATIVE_METHODS = {"linear": "linear", "yarn": "yarn", "llama3": "llama3", "longrope": "longrope", "proportional": "p_rope"}
+_NATIVE_METHODS = {
+    "linear": "linear",
+    "yarn": "yarn",
+    "llama3": "llama3",
+    "longrope": "longrope",
+    "proportional": "p_rope",
+}
 _SCALING_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
@@ -45,7 +52,8 @@ class Pretrained:
 
     @property
     def other_parameters(self) -> dict[str, Any]:
-        """What else stands in `rope_parameters` and has to stay: `partial_rotary_factor`, `mrope_section` and the like."""
+        """What else stands in `rope_parameters` and has to stay: `partial_rotary_factor`, `mrope_section` and the
+        like."""
         return {key: value for key, value in self.rope_parameters.items() if key not in _SCALING_KEYS}
 
 
@@ -72,10 +80,11 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
         RopeScalingError: the config has no length or no RoPE parameters, or the scaling it arrives with is unknown or
             depends on the length of the call.
     """
-    parameters = settings["rope_parameters"] or {}
-    parameters = dict(parameters[slot.layer_type] if slot.layer_type else parameters)
+    parameters = dict(slot.part_of(settings["rope_parameters"] or {}))
     if not parameters.get("rope_theta"):
-        raise RopeScalingError(f"The config of {type(slot.module).__name__} has no `rope_parameters` with a `rope_theta`.")
+        raise RopeScalingError(
+            f"The config of {type(slot.module).__name__} has no `rope_parameters` with a `rope_theta`."
+        )
     config = config_with(slot, settings["rope_parameters"], settings["max_position_embeddings"])
     maximum = settings["max_position_embeddings"]
     stated = original_length or parameters.get("original_max_position_embeddings")
@@ -88,7 +97,8 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
     rope_type = parameters.get("rope_type", "default")
     if rope_type.startswith("dynamic"):
         raise RopeScalingError(
-            f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the call, so "
+            f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the "
+            "call, so "
             "there is no table to scale. Load it with plain frequencies: `from_pretrained(..., rope_parameters="
             f'{{"rope_type": "default", "rope_theta": {parameters["rope_theta"]}}})`.'
         )
@@ -96,13 +106,13 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
     geometry = _geometry(config, slot, parameters, int(original), len(inv_freq))
     method = _arrived_method(rope_type, parameters, maximum, geometry)
     reach = geometry.original_max_position_embeddings
-    arrived_factor = getattr(method, "factor", None) or 1.0
     if stated:
-        reach = reach if method is None else max(int(maximum or 0), round(reach * arrived_factor))
+        reach = reach if method is None else max(int(maximum or 0), round(reach * factor_of(method)))
     else:
-        # A type that does not state the first trained length (`linear`) leaves `max_position_embeddings`, which is what
+        # A type that does not state the first trained length (`linear`) leaves `max_position_embeddings`, which is
+        # what
         # Transformers lets the model read as it arrives.
-        geometry = replace(geometry, original_max_position_embeddings=max(round(reach / arrived_factor), 1))
+        geometry = replace(geometry, original_max_position_embeddings=max(round(reach / factor_of(method)), 1))
     varies = rope_type == "longrope" and parameters["short_factor"] != parameters["long_factor"]
     return Pretrained(geometry, reach, method, parameters, inv_freq, attention_factor, varies)
 
@@ -113,14 +123,13 @@ def config_with(slot: Slot, rope_parameters: dict[str, Any], max_position_embedd
     Raises:
         Exception: whatever the config class raises for settings it does not take.
     """
-    config = slot.module.config
-    values = config.to_dict()  # type: ignore[union-attr, operator]
+    values = slot.config.to_dict()
     values.pop(RECORD_KEY, None)
     values["rope_parameters"] = copy.deepcopy(rope_parameters)
     values.pop("max_position_embeddings", None)
     if max_position_embeddings is not None:
         values["max_position_embeddings"] = max_position_embeddings
-    return type(config).from_dict(values)  # type: ignore[union-attr]
+    return type(slot.config).from_dict(values)
 
 
 def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tuple[torch.Tensor, float]:
@@ -135,11 +144,11 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
 
     classes = [cls for cls in type(slot.module).__mro__ if "compute_default_rope_parameters" in vars(cls)]
     compute = vars(classes[-1])["compute_default_rope_parameters"].__func__
-    parameters = config.rope_parameters[slot.layer_type] if slot.layer_type else config.rope_parameters
-    if parameters["rope_type"] != "default":
-        compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    rope_type = slot.part_of(config.rope_parameters)["rope_type"]
+    if rope_type != "default":
+        compute = ROPE_INIT_FUNCTIONS[rope_type]
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
-    varying = {"seq_len": length} if length and parameters["rope_type"] == "longrope" else {}
+    varying = {"seq_len": length} if length and rope_type == "longrope" else {}
     inv_freq, attention_factor = compute(config, device=torch.device("cpu"), **layer_type, **varying)
     return inv_freq.to(torch.float32), float(attention_factor)
 
@@ -189,3 +198,8 @@ def changed_fields(method: FrequencyMethod) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     defaults = {field.name: field.default for field in fields(method) if field.default is not MISSING}
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
+def factor_of(method: FrequencyMethod | None) -> float:
+    """How much further a method reads; 1 for one that is not made for a length."""
+    return getattr(method, "factor", None) or 1.0

@@ -18,7 +18,10 @@ def method_to_record(method: FrequencyMethod) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     nested = {name: method_to_record(value) for name, value in values.items() if isinstance(value, FrequencyMethod)}
     lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-    return {"name": method.name, **{name: value for name, value in (values | nested | lists).items() if value is not None}}
+    return {
+        "name": method.name,
+        **{name: value for name, value in (values | nested | lists).items() if value is not None},
+    }
 
 
 def method_from_record(record: Any) -> FrequencyMethod:
@@ -60,9 +63,12 @@ def check_record(record: Any) -> dict[str, Any]:
         RopeScalingError: it is not a record, or one of a later format.
     """
     if not isinstance(record, dict) or set(record) != _KEYS:
-        raise RopeScalingError(f"The config's patch record is damaged: it must have {', '.join(sorted(_KEYS))}; got {record!r}.")
+        raise RopeScalingError(
+            f"The config's patch record is damaged: it must have {', '.join(sorted(_KEYS))}; got {record!r}."
+        )
     if record["format"] != _FORMAT:
         raise RopeScalingError(
-            f"The config's patch record has format {record['format']!r}; this version reads {_FORMAT}. Update rope-scaling."
+            f"The config's patch record has format {record['format']!r}; this version reads {_FORMAT}. Update "
+            "rope-scaling."
         )
     return record

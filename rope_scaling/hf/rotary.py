@@ -8,7 +8,6 @@ initialises rotary modules anew.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,8 +25,22 @@ class Slot:
 
     path: str
     """Name of the module within the model."""
-    module: nn.Module
+    module: Any
+    """The rotary module."""
     layer_type: str | None
+
+    @property
+    def config(self) -> Any:
+        """The config that the module was built from."""
+        return self.module.config
+
+    def part_of(self, values: Any) -> Any:
+        """This slot's part of something kept by layer type, such as `config.rope_parameters`."""
+        return values[self.layer_type] if self.layer_type else values
+
+    def with_part(self, values: Any, part: Any) -> Any:
+        """The same thing with this slot's part replaced."""
+        return {**values, self.layer_type: part} if self.layer_type else part
 
     @property
     def buffer_names(self) -> tuple[str, str]:
@@ -48,8 +61,7 @@ class Slot:
     @property
     def rope_type(self) -> str:
         """Transformers' type in use; `default` in a patched module, which has its frequencies from us."""
-        rope_type = self.module.rope_type
-        return rope_type[self.layer_type] if self.layer_type else rope_type
+        return self.part_of(self.module.rope_type)
 
     @property
     def _attention_name(self) -> str:
@@ -66,10 +78,8 @@ class Slot:
         state.saved_attributes.setdefault(self._attention_name, getattr(self.module, self._attention_name))
         state.saved_attributes.setdefault("rope_type", self.module.rope_type)
         setattr(self.module, self._attention_name, attention_factor)
-        rope_type = self.module.rope_type
-        self.module.rope_type = {**rope_type, self.layer_type: "default"} if self.layer_type else "default"
+        self.module.rope_type = self.with_part(self.module.rope_type, "default")
         _restore_pinned(self.module)
-
 
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
         """Gives an unpatched module frequencies as Transformers would when it builds it from `rope_parameters`."""
@@ -77,10 +87,8 @@ class Slot:
             if name in self.module._buffers:
                 self.module._buffers[name] = inv_freq.to(self.inv_freq.device, copy=True)
         setattr(self.module, self._attention_name, attention_factor)
-        parameters = rope_parameters[self.layer_type] if self.layer_type else rope_parameters
-        rope_type = self.module.rope_type
-        own = parameters["rope_type"]
-        self.module.rope_type = {**rope_type, self.layer_type: own} if self.layer_type else own
+        own = self.part_of(rope_parameters)["rope_type"]
+        self.module.rope_type = self.with_part(self.module.rope_type, own)
 
 
 @dataclass
@@ -131,7 +139,7 @@ def set_record(slot: Slot, record: Any) -> None:
     _state(slot.module).record = record
 
 
-def restore(module: nn.Module) -> None:
+def restore(module: Any) -> None:
     """Puts a module back to what it was before the first `Slot.set`: class, buffers, attributes."""
     state = module.__dict__.pop(_STATE, None)
     if state is None:
@@ -170,10 +178,14 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _pinned_class(base: type[nn.Module]) -> type[nn.Module]:
-    namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (_Pinned, base), namespace)
+    if base not in _CLASSES:
+        namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        _CLASSES[base] = type(base.__name__, (_Pinned, base), namespace)
+    return _CLASSES[base]
 
 
 def _state(module: nn.Module) -> _State:

@@ -1,7 +1,8 @@
 """Every message says what was given, what is allowed, what to do."""
 
 import pytest
-from rope_scaling import LongRope, RopeGeometry, RopeScalingError, Resonance, make_method
+
+from rope_scaling import LongRope, Resonance, RopeGeometry, RopeScalingError, make_method
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,11 @@ from rope_scaling import LongRope, RopeGeometry, RopeScalingError, Resonance, ma
         ("linear", {"factor": float("inf")}, r"`factor` must be a finite number.*got inf"),
         ("ntk", {"factor": "four"}, r"`factor` must be a finite number.*got 'four'"),
         ("ntk", {"factor": True}, r"`factor` must be a finite number.*got True"),
-        ("yarn", {"factor": 4, "beta_fast": 1, "beta_slow": 32}, r"`beta_fast`.*at least `beta_slow`.*beta_fast=1, beta_slow=32"),
+        (
+            "yarn",
+            {"factor": 4, "beta_fast": 1, "beta_slow": 32},
+            r"`beta_fast`.*at least `beta_slow`.*beta_fast=1, beta_slow=32",
+        ),
         ("llama3", {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, r"`high_freq_factor` must be above"),
         ("abf", {}, r"`abf` needs a new base.*got neither"),
         ("abf", {"rope_theta": 1.0}, r"`rope_theta` must be a finite number, above 1; got 1\.0"),
@@ -25,7 +30,11 @@ from rope_scaling import LongRope, RopeGeometry, RopeScalingError, Resonance, ma
         ("p_rope", {"partial_rotary_factor": 1.5}, r"between 0 and 1; got 1\.5"),
         ("drope", {"attention_factor": 0.0}, r"`attention_factor` must be a finite number, above 0; got 0\.0"),
         ("longrope", {"factor": 2, "long_factor": "1,2"}, r"`long_factor` must be a list of numbers.*got '1,2'"),
-        ("longrope", {"factor": 2, "long_factor": [1.0, float("nan")]}, r"`long_factor\[1\]` must be a finite number, above 0; got nan"),
+        (
+            "longrope",
+            {"factor": 2, "long_factor": [1.0, float("nan")]},
+            r"`long_factor\[1\]` must be a finite number, above 0; got nan",
+        ),
         ("resonance", {"wrapped": 3}, r"`wrapped` must be a frequency method such as `Yarn\(factor=4\)`; got 3"),
         ("resonance", {"wrapped": "yran", "factor": 4}, r"Unknown method 'yran'\. Did you mean 'yarn'\?"),
     ],

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from cases import FORMULA_VARIANTS, GEOMETRIES, METHOD_CASES, arguments_of, reference
 from rope_scaling import METHODS, RopeGeometry, RopeScalingError, Yarn, default_inv_freq, make_method
 from rope_scaling.frequencies.base import correction_index, ntk_theta
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "frequencies.json").read_text())
@@ -42,7 +43,9 @@ def test_equals_the_formula(name, geometry, factor):
     assert attention_factor == pytest.approx(wanted_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "arguments"), FORMULA_VARIANTS, ids=[f"{n}-{'-'.join(a)}" for n, a in FORMULA_VARIANTS])
+@pytest.mark.parametrize(
+    ("name", "arguments"), FORMULA_VARIANTS, ids=[f"{n}-{'-'.join(a)}" for n, a in FORMULA_VARIANTS]
+)
 @pytest.mark.parametrize("geometry", ["llama2", "demo", "clamped"])
 def test_variants_equal_the_formula(name, arguments, geometry):
     values = GEOMETRIES[geometry]
@@ -70,7 +73,10 @@ def test_equals_transformers(name, geometry):
 def test_ntk_equals_transformers_dynamic_at_the_length_where_its_factor_is_the_same():
     """Transformers' dynamic type uses the same base at `factor * length / trained - (factor - 1)`: 2 * 2.5 - 1 = 4."""
     config = LlamaConfig(
-        hidden_size=128, num_attention_heads=1, max_position_embeddings=4096, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        hidden_size=128,
+        num_attention_heads=1,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     )
     theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=int(2.5 * 4096))
     assert close(make_method("ntk", factor=4).inv_freq(make_geometry((128, 1e4, 4096)))[0], theirs)
@@ -78,8 +84,12 @@ def test_ntk_equals_transformers_dynamic_at_the_length_where_its_factor_is_the_s
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['method']}-{case['geometry']}")
 def test_equals_the_literals(case):
-    ones = {"long_factor": [1.0] * (case["geometry"][0] // 2)} if case["arguments"].get("long_factor") == "ones" else {}
-    inv_freq, attention_factor = make_method(case["method"], **{**case["arguments"], **ones}).inv_freq(make_geometry(case["geometry"]))
+    ones = (
+        {"long_factor": [1.0] * (case["geometry"][0] // 2)} if case["arguments"].get("long_factor") == "ones" else {}
+    )
+    inv_freq, attention_factor = make_method(case["method"], **{**case["arguments"], **ones}).inv_freq(
+        make_geometry(case["geometry"])
+    )
     assert attention_factor == pytest.approx(case["attention_factor"], rel=1e-9)
     for index, value in case["inv_freq"].items():
         assert inv_freq[int(index)].item() == pytest.approx(value, rel=1e-6)
@@ -88,7 +98,9 @@ def test_equals_the_literals(case):
 @pytest.mark.parametrize("case", GOLDEN["ratios"], ids=lambda case: case["method"])
 def test_ratios_equal_the_literals(case):
     geometry = make_geometry(case["geometry"])
-    ratio = make_method(case["method"], **case["arguments"]).inv_freq(geometry)[0].double() / default_inv_freq(geometry)
+    ratio = make_method(case["method"], **case["arguments"]).inv_freq(geometry)[0].double() / default_inv_freq(
+        geometry
+    )
     for index, value in case["ratio"].items():
         assert ratio[int(index)].item() == pytest.approx(value, rel=1e-6, abs=1e-6)
 
@@ -111,7 +123,9 @@ def test_bands_equal_the_literals(case):
         assert (low, high) == pytest.approx(case["raw"], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, takes_factor) in METHOD_CASES.items() if takes_factor and name != "resonance"])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, takes_factor) in METHOD_CASES.items() if takes_factor and name != "resonance"]
+)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_factor_one_is_the_identity(name, geometry):
     made = make_geometry(GEOMETRIES[geometry])

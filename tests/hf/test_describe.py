@@ -1,9 +1,10 @@
 """`describe` says what is in effect, in numbers read back from the module."""
 
 import pytest
-import rope_scaling
 import torch
 from conftest import make_model, rotary
+
+import rope_scaling
 
 
 def described(model, capsys, **arguments):
@@ -15,7 +16,11 @@ def described(model, capsys, **arguments):
 
 def test_unpatched(llama, capsys):
     text = described(llama, capsys)
-    assert "LlamaForCausalLM" in text and "model.rotary_emb: not patched" in text and "64 trained, 64 as it arrived, 64 now" in text
+    assert (
+        "LlamaForCausalLM" in text
+        and "model.rotary_emb: not patched" in text
+        and "64 trained, 64 as it arrived, 64 now" in text
+    )
 
 
 def test_patched(llama, capsys):
@@ -42,7 +47,12 @@ def test_pair_table(llama, capsys):
     [
         ("qwen2-yarn", "yarn", "arrived with yarn x4 over 64 tokens; x2 more makes yarn x8 over 64 tokens"),
         ("llama3.1", "llama3", "arrived with llama3 x8 over 64 tokens; x2 more makes llama3 x16 over 64 tokens"),
-        ("llama3.1", "yarn", "arrived with llama3, which reads 512 tokens; kept, and multiplied pair by pair with what yarn does to a model trained at 512 tokens"),
+        (
+            "llama3.1",
+            "yarn",
+            "arrived with llama3, which reads 512 tokens; kept, and multiplied pair by pair with what yarn "
+            "does to a model trained at 512 tokens",
+        ),
     ],
 )
 def test_arithmetic_on_models_that_arrive_scaled(family, method, expected, capsys):
@@ -61,7 +71,9 @@ def test_layer_types_that_are_left_alone(capsys):
 
 def test_saved_patch(llama, tmp_path, capsys):
     rope_scaling.patch(llama, "mrrope_pro", factor=4).save_pretrained(tmp_path)
-    assert "saved with mrrope_pro; `patch(model)` makes it live" in described(type(llama).from_pretrained(tmp_path), capsys)
+    assert "saved with mrrope_pro; `patch(model)` makes it live" in described(
+        type(llama).from_pretrained(tmp_path), capsys
+    )
 
 
 def test_numbers_are_read_back_from_the_module(llama):

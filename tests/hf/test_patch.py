@@ -5,10 +5,11 @@ import pickle
 import threading
 
 import pytest
-import rope_scaling
 import torch
-from cases import METHOD_CASES, arguments_of
 from conftest import FAMILIES, TRAINED_LENGTH, logits, make_model, rotary, token_ids
+
+import rope_scaling
+from cases import METHOD_CASES, arguments_of
 from rope_scaling import METHODS, Linear, Ntk, RopeScalingError, Yarn, make_method
 from rope_scaling.hf import patch as patch_module
 from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
@@ -78,7 +79,9 @@ def test_gemma3_leaves_sliding_layers_alone_by_default():
     assert torch.equal(frequencies(model, "full_attention"), full)
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float16)])
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float16)]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_frequencies_stay_float32_through_a_change_of_dtype(family, convert):
     layer_type = "full_attention" if family == "gemma3" else None
@@ -109,7 +112,9 @@ def test_survives_an_empty_device_and_a_fresh_initialisation(llama):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_keep_the_patch_and_are_independent(family, duplicate):
     model = make_model(family)
     original = logits(model)
@@ -181,7 +186,9 @@ def test_context_manager_puts_back_what_was_there(llama):
 def test_original_length_may_be_given():
     model = make_model("llama")
     vars(model.config)["max_position_embeddings"] = None
-    with pytest.raises(RopeScalingError, match=r"no trained length.*Pass it: `patch\(..., original_max_position_embeddings=4096\)`"):
+    with pytest.raises(
+        RopeScalingError, match=r"no trained length.*Pass it: `patch\(..., original_max_position_embeddings=4096\)`"
+    ):
         rope_scaling.patch(model, "yarn", factor=4)
     rope_scaling.patch(model, "yarn", factor=4, original_max_position_embeddings=32)
     assert model.config.max_position_embeddings == 128
@@ -231,7 +238,13 @@ def test_arrived_fields_are_kept_unless_given():
 
 
 def test_longrope_with_two_lists_is_extended_from_its_long_one():
-    lists = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    lists = {
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1e4,
+    }
     model = make_model("llama", rope_parameters={"rope_type": "longrope", **lists}, max_position_embeddings=256)
     short = frequencies(model).clone()
     rope_scaling.patch(model, "linear", factor=2)
@@ -262,7 +275,9 @@ def test_a_failure_halfway_leaves_the_earlier_patch(llama, monkeypatch):
     rope_scaling.patch(llama, "yarn", factor=4)
     before = state(llama)
     verify = patch_module._verify
-    monkeypatch.setattr(patch_module, "_verify", lambda slot, change: verify(slot, change) if change.method.name == "yarn" else 1 / 0)
+    monkeypatch.setattr(
+        patch_module, "_verify", lambda slot, change: verify(slot, change) if change.method.name == "yarn" else 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         rope_scaling.patch(llama, "linear", factor=4)
     assert same_state(state(llama), before)
@@ -282,17 +297,29 @@ def test_a_patch_that_changes_nothing_raises(llama):
     [
         (("yran",), r"Unknown method 'yran'\. Did you mean 'yarn'"),
         (("yarn", {}), "'yarn' needs to know how far: give `factor` or `target_length`"),
-        (("yarn", {"factor": 4, "target_length": 256}), "`factor` or `target_length`, not both; got factor=4 and target_length=256"),
+        (
+            ("yarn", {"factor": 4, "target_length": 256}),
+            "`factor` or `target_length`, not both; got factor=4 and target_length=256",
+        ),
         (("yarn", {"factor": 0.5}), "`factor` must be a finite number, at least 1; got 0.5"),
         (("yarn", {"factor": float("nan")}), "got nan"),
         (("yarn", {"factor": "4"}), "got '4'"),
-        (("yarn", {"target_length": 32}), "`target_length` is 32, but the model reads 64 tokens as it is; give at least 64"),
+        (
+            ("yarn", {"target_length": 32}),
+            "`target_length` is 32, but the model reads 64 tokens as it is; give at least 64",
+        ),
         (("yarn", {"target_length": 100.5}), "`target_length` must be a whole number of tokens.*got 100.5"),
         (("yarn", {"factor": 4, "bta_fast": 3}), "Unknown argument of 'yarn': 'bta_fast'. Did you mean 'beta_fast'"),
-        (("longrope", {"factor": 4, "long_factor": [1.0, 2.0]}), "`long_factor` has 2 numbers; this model rotates 8 pairs"),
+        (
+            ("longrope", {"factor": 4, "long_factor": [1.0, 2.0]}),
+            "`long_factor` has 2 numbers; this model rotates 8 pairs",
+        ),
         (("yarn", {"factor": 4, "layer_types": "full_attention"}), "all layers of this model rotate alike"),
         ((Yarn(factor=4), {"factor": 2}), "`factor` is 2, but the method object has 4"),
-        ((Yarn(factor=4), {"target_length": 128}), "`target_length` is 128, but the method's factor 4 times 64 tokens is 256"),
+        (
+            (Yarn(factor=4), {"target_length": 128}),
+            "`target_length` is 128, but the method's factor 4 times 64 tokens is 256",
+        ),
         ((Yarn(factor=4), {"beta_fast": 2}), r"a method object carries its own fields.*`Yarn\(...\)`"),
         (([Yarn(factor=4), Ntk(factor=4)],), "holds one frequency method; got 2: yarn, ntk"),
         (([],), "holds one frequency method; got 0"),
@@ -318,9 +345,13 @@ def test_unknown_layer_type():
 def test_a_model_without_rope(name):
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2})
+    config = getattr(transformers, f"{name}Config")(
+        **{"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    )
     model = getattr(transformers, f"{name}LMHeadModel")(config)
-    with pytest.raises(RopeScalingError, match=f"{name}LMHeadModel has no rotary position embedding.*no module was touched"):
+    with pytest.raises(
+        RopeScalingError, match=f"{name}LMHeadModel has no rotary position embedding.*no module was touched"
+    ):
         rope_scaling.patch(model, "yarn", factor=4)
 
 
@@ -349,7 +380,9 @@ def test_length_dependent_frequencies_are_refused():
 
 def test_an_odd_rotary_width_is_refused():
     model = make_model("phi", partial_rotary_factor=1.0, hidden_size=12)  # heads 3 wide
-    with pytest.raises(RopeScalingError, match="must be even, because dimensions turn in pairs; this model's heads are 3 wide"):
+    with pytest.raises(
+        RopeScalingError, match="must be even, because dimensions turn in pairs; this model's heads are 3 wide"
+    ):
         rope_scaling.patch(model, "yarn", factor=4)
 
 
@@ -368,7 +401,7 @@ def test_one_answer_whole_in_chunks_token_by_token_and_left_padded(name):
     ids = token_ids(100)
     whole = logits(model, ids)
     with torch.no_grad():
-        for sizes in ([37, 50, 13], [99] + [1], [1] * 100):
+        for sizes in ([37, 50, 13], [99, 1], [1] * 100):
             cache, parts = None, []
             for piece in ids.split(sizes, dim=1):
                 output = model(piece, past_key_values=cache, use_cache=True)

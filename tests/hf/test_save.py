@@ -5,18 +5,26 @@ import subprocess
 import sys
 
 import pytest
-import rope_scaling
 import torch
-from cases import arguments_of
 from conftest import FAMILIES, logits, make_model, token_ids
-from rope_scaling import METHODS, RopeScalingError
-from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
-from rope_scaling.hf.rotary import rotary_slots
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import rope_scaling
+from cases import arguments_of
+from rope_scaling import METHODS, RopeScalingError
+from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
+from rope_scaling.hf.rotary import rotary_slots
 
-NATIVE = {"linear": "linear", "yarn": "yarn", "llama3": "llama3", "p_rope": "proportional", "ntk": "default", "abf": "default"}
+
+NATIVE = {
+    "linear": "linear",
+    "yarn": "yarn",
+    "llama3": "llama3",
+    "p_rope": "proportional",
+    "ntk": "default",
+    "abf": "default",
+}
 
 READER = """
 import json, sys
@@ -38,8 +46,14 @@ save_file(out, sys.argv[3])
 def read_without_the_library(folders, tmp_path):
     """Logits that a process in which the library cannot be imported gets from saved folders, and what it printed."""
     save_file({"ids": token_ids(150)}, tmp_path / "ids.safetensors")
-    arguments = [json.dumps([str(folder) for folder in folders]), str(tmp_path / "ids.safetensors"), str(tmp_path / "out.safetensors")]
-    done = subprocess.run([sys.executable, "-c", READER, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    arguments = [
+        json.dumps([str(folder) for folder in folders]),
+        str(tmp_path / "ids.safetensors"),
+        str(tmp_path / "out.safetensors"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "out.safetensors"), done.stderr
 

@@ -1,10 +1,11 @@
 """Patched models inside PEFT, accelerate, data parallelism and `torch.compile`."""
 
 import pytest
-import rope_scaling
 import torch
-from cases import arguments_of
 from conftest import logits, make_model, rotary, token_ids
+
+import rope_scaling
+from cases import arguments_of
 from rope_scaling import METHODS
 
 
@@ -39,7 +40,9 @@ def test_accelerate_dispatched_with_offload(tmp_path):
 
     model = make_model("llama")
     devices = {name: "cpu" for name, _ in model.named_children()}
-    model = dispatch_model(model, devices | {"model": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    model = dispatch_model(
+        model, devices | {"model": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+    )
     assert torch.equal(logits(rope_scaling.patch(model, "yarn", factor=4)), _expected())
 
 

@@ -1,4 +1,5 @@
-"""Each method's formula once more, from its paper, pair by pair, in plain Python: slow, obvious, and no code of the library.
+"""Each method's formula once more, from its paper, pair by pair, in plain Python: slow, obvious, and no code of the
+library.
 
 `R` rotary width, `b` base, `L` trained length, `s` factor. Each returns (frequencies, attention factor).
 """
@@ -55,7 +56,19 @@ def ntk_by_parts(R, b, L, s, ntk_factor=1.0, extrapolation_factor=1.0):
     return result, 1.0
 
 
-def yarn(R, b, L, s, beta_fast=32, beta_slow=1, truncate=True, revised=False, attention_factor=None, mscale=None, mscale_all_dim=None):
+def yarn(
+    R,
+    b,
+    L,
+    s,
+    beta_fast=32,
+    beta_slow=1,
+    truncate=True,
+    revised=False,
+    attention_factor=None,
+    mscale=None,
+    mscale_all_dim=None,
+):
     result = []
     for i in pairs(R):
         r = ramp(i, beta_fast, beta_slow, R, b, L, truncate)

@@ -1,0 +1,51 @@
+# `make demo` and `make test` each set everything up on a machine that has only Python, make and a compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+REAL_MODEL ?= $(or $(ROPE_SCALING_REAL_MODEL),HuggingFaceTB/SmolLM2-135M-Instruct)
+REAL_DOCUMENTS ?= 3
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: demo test lint bench real smoke clean
+
+demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every static method, at 1x to 8x
+	$(BIN)/rope-scaling evaluate --model demo
+
+test: $(VENV)/.dev ## run the tests that need no network, GPU or real model
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not real_model"
+
+lint: $(VENV)/.dev ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/evaluation.py
+
+real: $(VENV)/.dev ## the real model's table: 16k tokens, about ten minutes a document on two cores
+	$(BIN)/rope-scaling evaluate --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct \
+		--data python-reference --pieces --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
+		--method linear --method ntk --method yarn --method mrrope_pro \
+		--dtype bfloat16 --output docs/results/smollm2-135m
+	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
+
+smoke: $(VENV)/.dev ## the wheel, built and used from an empty folder
+	$(BIN)/python -m pytest tests/test_packaging.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# Torch first and pinned, so that nothing else chooses another build of it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
+	touch $@
+
+$(VENV)/.eval: $(VENV)/.torch $(SETUP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[eval]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SETUP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@ $(VENV)/.eval

@@ -1,0 +1,230 @@
+"""The command as a user runs it: a subprocess, its output, its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_model
+
+from rope_scaling import METHODS
+from rope_scaling.cli.main import main
+from rope_scaling.hf.loading import load_tokenizer
+
+
+def run(*arguments, cwd=None):
+    environment = os.environ | {"COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "rope_scaling.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random model with the embedded model's tokenizer, as a folder."""
+    path = tmp_path_factory.mktemp("model")
+    make_model("llama", vocab_size=4096).save_pretrained(path)
+    load_tokenizer("demo").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_text("def f(x):\n    return x + 1\n" * 100)
+    return path
+
+
+def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path):
+    done = run(
+        "evaluate",
+        "--model",
+        folder,
+        "--method",
+        "yarn",
+        "--method",
+        "linear",
+        "--data",
+        text,
+        "--output",
+        tmp_path / "out",
+        "--lengths",
+        "1x,128,4x",
+    )
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "settings.json",
+        "rows.jsonl",
+        "curves",
+        "table.md",
+        "curves.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == ["unpatched", "cropping", "yarn", "linear"]
+    assert rows[0]["lengths"] == [64, 128, 256] and rows[0]["factor"] == 4.0
+    for word in ("unpatched", "cropping", "yarn", "linear", "(2x,4x]", "trained length 64"):
+        assert word in done.stdout
+
+
+def test_methods_fit_one_screen():
+    lines = run("methods").stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
+
+
+def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder):
+    plain = run("describe", folder)
+    assert plain.returncode == 0 and "model.rotary_emb: not patched" in plain.stdout
+    would = run("describe", folder, "--method", "yarn:beta_fast=16", "--factor", "4", "--pairs")
+    assert "yarn(factor=4, beta_fast=16)" in would.stdout and "turns in trained / target length" in would.stdout
+
+
+def test_help_names_the_commands():
+    assert all(name in run("--help").stdout for name in ("evaluate", "methods", "describe"))
+
+
+def case(message, *arguments):
+    return pytest.param(arguments, message, id=" ".join(arguments)[:60])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        case("Unknown method 'yran'. Did you mean 'yarn'?", "evaluate", "--method", "yran"),
+        case(
+            "Unknown argument of 'yarn': 'bta_fast'. Did you mean 'beta_fast'?",
+            "evaluate",
+            "--model",
+            "MODEL",
+            "--data",
+            "TEXT",
+            "--method",
+            "yarn:bta_fast=3",
+        ),
+        case(
+            "`factor` must be a finite number, at least 1; got 0.5", "evaluate", "--model", "MODEL", "--factor", "0.5"
+        ),
+        case(
+            "`factor` must be a finite number, at least 1; got nan", "evaluate", "--model", "MODEL", "--factor", "nan"
+        ),
+        case("'four' is not a valid float", "evaluate", "--factor", "four"),
+        case("not both", "evaluate", "--model", "MODEL", "--factor", "4", "--target-length", "256"),
+        case(
+            "`--target-length` is 32, but the model reads 64 tokens",
+            "evaluate",
+            "--model",
+            "MODEL",
+            "--target-length",
+            "32",
+        ),
+        case("`lengths` must be ascending", "evaluate", "--model", "MODEL", "--lengths", "4x,2x"),
+        case("got 'long'", "evaluate", "--model", "MODEL", "--lengths", "1x,long"),
+        case("There is no model folder './nowhere'", "evaluate", "--model", "./nowhere"),
+        case("Cannot load 'no-such-org/no-such-model'", "evaluate", "--model", "no-such-org/no-such-model"),
+        case("There is no file or folder './nothing.txt'", "evaluate", "--model", "MODEL", "--data", "./nothing.txt"),
+        case(
+            "No document has 1048576 tokens", "evaluate", "--model", "MODEL", "--data", "TEXT", "--lengths", "1048576"
+        ),
+        case("Cannot read", "evaluate", "--model", "MODEL", "--data", "BINARY"),
+        case(
+            "`dtype` must be one of auto, float32, bfloat16, float16; got 'int8'",
+            "evaluate",
+            "--model",
+            "MODEL",
+            "--dtype",
+            "int8",
+        ),
+        case("`device` 'toaster' cannot be used here", "evaluate", "--model", "MODEL", "--device", "toaster"),
+        case(
+            "exists and holds other files",
+            "evaluate",
+            "--model",
+            "MODEL",
+            "--data",
+            "TEXT",
+            "--method",
+            "yarn",
+            "--output",
+            "OCCUPIED",
+        ),
+        case(
+            "'yarn' needs to know how far: give `factor` or `target_length`", "describe", "MODEL", "--method", "yarn"
+        ),
+        case("go with `--method`", "describe", "MODEL", "--factor", "4"),
+        case("holds no model: it has no `config.json`", "describe", "OCCUPIED"),
+        case("has no rotary position embedding", "describe", "GPT2"),
+        case("No such command 'evalute'", "evalute"),
+        case("No such option: --metod", "evaluate", "--metod", "yarn"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, folder, text, tmp_path, capsys, monkeypatch):
+    from transformers import GPT2Config
+
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("precious")
+    GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=16).save_pretrained(tmp_path / "gpt2")
+    places = {
+        "MODEL": folder,
+        "TEXT": text,
+        "BINARY": tmp_path / "binary.txt",
+        "OCCUPIED": tmp_path / "occupied",
+        "GPT2": tmp_path / "gpt2",
+    }
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(places.get(argument, argument)) for argument in arguments])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    last = printed.err.strip().splitlines()[-1]
+    assert last.startswith("rope-scaling: error: ") and message in last, printed.err
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "runs").exists(), "nothing half-written is left behind"
+    assert [file.name for file in (tmp_path / "occupied").iterdir()] == ["thesis.tex"]
+
+
+def test_the_exit_status_reaches_the_shell():
+    done = run("evaluate", "--method", "yran")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_download_is_one_line(tmp_path, monkeypatch, capsys):
+    import transformers
+
+    def broken(*_, **__):
+        raise ConnectionError("Connection broken: IncompleteRead(3 bytes read)")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", broken)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--model", "org/name"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "IncompleteRead" in error and "after an interrupted download, run the command again" in error
+
+
+def test_interrupting_says_how_to_go_on(folder, text, tmp_path, monkeypatch, capsys):
+    from rope_scaling.eval import run as run_module
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "nll_curve", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "evaluate",
+                "--model",
+                str(folder),
+                "--data",
+                str(text),
+                "--method",
+                "yarn",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+    assert stopped.value.code == 130
+    assert "The same command resumes where it stopped" in capsys.readouterr().err
+    assert not (Path(tmp_path) / "out" / "rows.jsonl").exists()

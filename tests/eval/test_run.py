@@ -1,0 +1,256 @@
+"""Rows can be trusted: paired, reproducible, resumable, and never of two runs in one folder."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAINED_LENGTH, make_model, token_ids
+
+import rope_scaling
+from rope_scaling import RopeScalingError
+from rope_scaling.eval import run as run_module
+from rope_scaling.eval.documents import Document, Documents
+from rope_scaling.eval.intervals import estimate
+from rope_scaling.eval.methods import default_methods, parse_method
+from rope_scaling.eval.report import markdown_tables, plot_curves
+from rope_scaling.eval.rows import measure, position_buckets, read_rows
+from rope_scaling.eval.run import EvaluationConfig, evaluate
+
+
+LENGTHS = [TRAINED_LENGTH * k for k in (1, 2, 4)]
+METHODS = [parse_method("yarn"), parse_method("abf:rope_theta=1e6")]
+
+
+def make_documents(lengths=(256, 256, 200, 100)):
+    return Documents([Document(f"d{i}", token_ids(n, seed=i)[0]) for i, n in enumerate(lengths)], skipped=1)
+
+
+def make_config(**changes):
+    values = {"model": "tiny", "data": "random", "lengths": LENGTHS, "trained_length": TRAINED_LENGTH, "factor": 4.0}
+    return EvaluationConfig(**values | {"dtype": "float32", "device": "cpu", "chunk_size": 64} | changes)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    rows, curves = evaluate(make_model("llama"), make_documents(), METHODS, make_config(), tmp_path / "run")
+    return rows, curves, tmp_path / "run"
+
+
+def find(rows, method, start, end, measure="bucket"):
+    (row,) = [r for r in rows if (r["method"], r["measure"], r["from"], r["to"]) == (method, measure, start, end)]
+    return row
+
+
+def test_buckets_partition_the_positions():
+    assert position_buckets([256, 512, 1024, 2048], 256) == [
+        (0, 128),
+        (128, 256),
+        (256, 512),
+        (512, 1024),
+        (1024, 2048),
+    ]
+    assert position_buckets([100], 256) == [(0, 100)]
+    assert position_buckets([8192, 16384], 8192) == [(0, 4096), (4096, 8192), (8192, 16384)]
+
+
+def test_rows_hold_the_means_of_the_curves(finished):
+    rows, curves, _ = finished
+    by_label = {curve.label: curve.values for curve in curves}
+    assert list(by_label) == ["unpatched", "cropping", "yarn", "abf:rope_theta=1e6"]
+    for label, values in by_label.items():
+        # Position p, counted from 1, is entry p - 2; documents that end inside a bucket stay out of it.
+        inside = np.concatenate([curve[63:127] for curve in values if len(curve) >= 127])
+        row = find(rows, label, 64, 128)
+        assert row["nll"] == pytest.approx(inside.mean(), rel=1e-6)
+        assert (row["documents"], row["tokens"]) == (3, len(inside))
+        prefix = np.concatenate([curve[:127] for curve in values if len(curve) >= 127])
+        assert find(rows, label, 0, 128, "prefix")["nll"] == pytest.approx(prefix.mean(), rel=1e-6)
+    assert find(rows, "yarn", 128, 256)["documents"] == 2
+    buckets = [r for r in rows if r["method"] == "yarn" and r["measure"] == "bucket" and r["to"] <= 64]
+    assert sum(r["tokens"] for r in buckets) == 4 * 63, "every token but the first belongs to one bucket"
+
+
+def test_differences_are_paired_on_the_same_tokens(finished):
+    rows, curves, _ = finished
+    values = {curve.label: curve.values for curve in curves}
+    row = find(rows, "yarn", 64, 128)
+    pairs = [(y[63:127], u[63:127]) for y, u in zip(values["yarn"], values["unpatched"], strict=True) if len(y) >= 127]
+    assert row["difference"] == pytest.approx(np.concatenate([y - u for y, u in pairs]).mean(), abs=1e-6)
+    assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+    zero = find(rows, "unpatched", 64, 128)
+    assert zero["difference"] == zero["difference_low"] == zero["difference_high"] == 0
+
+
+def test_paired_intervals_are_narrower_than_unpaired_ones():
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(3, 0.5, 30)
+    base = [np.full(256, h) for h in hardness]
+    better = [np.full(256, h - 0.1 + e) for h, e in zip(hardness, generator.normal(0, 0.01, 30), strict=True)]
+    row = measure(better, base, [256], 64, seed=0)[-1]
+    assert row["nll_high"] - row["nll_low"] > 10 * (row["difference_high"] - row["difference_low"])
+    assert row["difference_high"] < 0
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100():
+    generator = np.random.default_rng(1)
+    hits = 0
+    for seed in range(200):
+        counts = generator.integers(50, 150, 40).astype(float)
+        sums = counts * generator.normal(2.0, 0.3, 40)
+        found = estimate(sums, counts, seed)
+        hits += found.low <= 2.0 <= found.high
+    assert 178 <= hits <= 199
+
+
+def test_a_single_document_has_no_interval():
+    found = estimate(np.array([10.0]), np.array([5.0]), seed=0)
+    assert (found.mean, found.low, found.high) == (2.0, None, None)
+
+
+def test_rows_say_what_was_in_effect(finished):
+    rows, _, folder = finished
+    assert read_rows(folder / "rows.jsonl") == json.loads(json.dumps(rows))
+    hashes = {row["method"]: row["frequencies_sha256"] for row in rows}
+    assert hashes["unpatched"] == hashes["cropping"]
+    assert len(set(hashes.values())) == 3
+    for row in rows:
+        assert row["versions"].keys() == {"python", "torch", "transformers", "rope-scaling"}
+        assert {
+            "model",
+            "data",
+            "dtype",
+            "device",
+            "seed",
+            "chunk_size",
+            "factor",
+            "documents_sha256",
+            "arguments",
+        } <= row.keys()
+    assert rows[0]["documents_skipped"] == 1
+    assert find(rows, "yarn", 64, 128)["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_the_model_is_left_unpatched(tmp_path):
+    model = make_model("llama")
+    before = model.model.rotary_emb.inv_freq.clone()
+    evaluate(model, make_documents(), METHODS, make_config())
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    assert model.config.max_position_embeddings == TRAINED_LENGTH
+
+
+def test_a_rerun_gives_the_same_rows(finished, tmp_path):
+    rows, _, folder = finished
+    again, _ = evaluate(make_model("llama"), make_documents(), METHODS, make_config(), tmp_path / "again")
+    assert again == rows
+    assert (tmp_path / "again" / "rows.jsonl").read_bytes() == (folder / "rows.jsonl").read_bytes()
+
+
+def test_an_interrupted_run_resumes_at_the_document_where_it_stopped(finished, tmp_path, monkeypatch):
+    rows, _, _ = finished
+    folder = tmp_path / "interrupted"
+    scored = []
+
+    def stop_after(count):
+        def score(model, ids, chunk_size, original=run_module.nll_curve):
+            if len(scored) >= count:
+                raise KeyboardInterrupt
+            scored.append(ids.shape)
+            return original(model, ids, chunk_size)
+
+        return score
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "nll_curve", stop_after(6))
+        evaluate(make_model("llama"), make_documents(), METHODS, make_config(), folder)
+    assert not (folder / "rows.jsonl").exists()
+    monkeypatch.setattr(run_module, "nll_curve", stop_after(12))
+    resumed, _ = evaluate(make_model("llama"), make_documents(), METHODS, make_config(), folder)
+    assert len(scored) == 3 * 4, "no document was scored twice"
+    assert resumed == rows
+
+
+def test_more_methods_may_be_added_to_a_folder(finished, monkeypatch):
+    rows, _, folder = finished
+    more, _ = evaluate(
+        make_model("llama"), make_documents(), [*METHODS, parse_method("linear")], make_config(), folder
+    )
+    assert [row for row in more if row["method"] != "linear"] == rows
+
+
+def test_a_folder_with_another_run_is_refused_and_left(finished):
+    _, _, folder = finished
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(
+        RopeScalingError, match=r"holds rows of another run: seed \(there 0, now 7\). Give another `--output`"
+    ):
+        evaluate(make_model("llama"), make_documents(), METHODS, make_config(seed=7), folder)
+    with pytest.raises(RopeScalingError, match="documents_sha256"):
+        evaluate(make_model("llama"), make_documents((256, 256)), METHODS, make_config(), folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RopeScalingError, match="exists and holds other files"):
+        evaluate(make_model("llama"), make_documents(), METHODS, make_config(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_losses_that_are_not_finite_are_reported_not_averaged(tmp_path):
+    model = make_model("llama")
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(RopeScalingError, match="'unpatched' gives losses that are not finite on 'd0'"):
+        evaluate(model, make_documents(), METHODS, make_config(), tmp_path / "run")
+
+
+def test_frequencies_that_change_underway_are_noticed(monkeypatch):
+    model = make_model("llama")
+
+    def meddle(model, ids, chunk_size, original=run_module.nll_curve):
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+        return original(model, ids, chunk_size)
+
+    monkeypatch.setattr(run_module, "nll_curve", meddle)
+    with pytest.raises(RopeScalingError, match="frequencies of 'unpatched' changed while it was measured"):
+        evaluate(model, make_documents(), METHODS, make_config())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([], "one or more numbers"),
+        ([1], "at least 2; got"),
+        ([128, 64], r"must be ascending.*got \[128, 64\]. Give \[64, 128\]"),
+        ([64, 64], "without repetition"),
+    ],
+)
+def test_bad_lengths(lengths, message):
+    with pytest.raises(RopeScalingError, match=message):
+        evaluate(make_model("llama"), make_documents(), METHODS, make_config(lengths=lengths))
+
+
+def test_method_texts():
+    spec = parse_method("yarn:beta_fast=16,truncate=false")
+    assert (spec.name, spec.arguments) == ("yarn", {"beta_fast": 16, "truncate": False})
+    assert parse_method("resonance:wrapped=yarn").arguments == {"wrapped": "yarn"}
+    with pytest.raises(RopeScalingError, match="Unknown method 'yran'"):
+        parse_method("yran:beta_fast=16")
+    with pytest.raises(RopeScalingError, match="'beta_fast' is not `field=value`"):
+        parse_method("yarn:beta_fast")
+
+
+def test_every_method_is_swept_by_default():
+    assert {spec.name for spec in default_methods("demo")} == set(rope_scaling.METHODS)
+    assert {spec.name for spec in default_methods("other")} == set(rope_scaling.METHODS) - {"longrope"}
+
+
+def test_tables_and_plot(finished, tmp_path):
+    rows, curves, _ = finished
+    text = markdown_tables(rows)
+    assert "| method | (0,0.5x] | (0.5x,1x] | (1x,2x] | (2x,4x] |" in text
+    assert text.index("| unpatched |") < text.index("| cropping |") < text.index("| yarn |")
+    assert "tiny, trained length 64, factor 4, 4 documents of random" in text
+    plot_curves({curve.label: curve.values for curve in curves}, TRAINED_LENGTH, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

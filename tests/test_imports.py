@@ -1,0 +1,147 @@
+"""Who may import whom, and what `import rope_scaling` costs."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "rope_scaling": ROOT / "rope_scaling",
+    "rope_scaling.recipes": ROOT / "recipes",
+    "rope_scaling.eval": ROOT / "eval",
+}
+
+# An arrow of docs/architecture.md: what a room may import from within the project, beside itself.
+ALLOWED = {
+    "errors": set(),
+    "version": set(),
+    "geometry": {"errors"},
+    "frequencies": {"errors", "geometry"},
+    "hf": {"errors", "frequencies", "geometry"},
+    "demo": {"errors", "hf"},
+    "recipes": {"__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf"},
+    "eval": {"errors", "demo", "frequencies", "geometry", "hf", "version"},
+    "cli": {"errors", "frequencies", "hf"},
+    "__init__": {"errors", "frequencies", "geometry", "hf", "version"},
+}
+HEAVY = {
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "rich",
+    "typer",
+    "evaluate",
+    "tokenizers",
+    "numpy",
+}
+LIGHT_ROOMS = {"errors", "version", "geometry", "frequencies", "__init__"}
+HOST_ROOMS = {"hf", "recipes", "eval", "cli"}
+
+
+def sources():
+    for name, folder in ROOMS.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            yield file, name.removeprefix("rope_scaling").lstrip(".") or parts[0]
+
+
+def imports(file):
+    """Every module a file imports, and whether it does so as it is loaded."""
+    tree = ast.parse(file.read_text())
+    typed = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    inside = {node for block in ast.walk(tree) if isinstance(block, ast.FunctionDef) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for name in names:
+            yield name, node not in typed and node not in inside
+
+
+@pytest.mark.parametrize(
+    ("file", "room"),
+    list(sources()),
+    ids=lambda value: value.relative_to(ROOT).as_posix() if isinstance(value, Path) else "",
+)
+def test_direction(file, room):
+    for name, at_load in imports(file):
+        top, _, rest = name.partition(".")
+        if top == "rope_scaling":
+            target = rest.partition(".")[0] or "__init__"
+            assert target == room or target in ALLOWED[room], f"{room} must not import {name}"
+        if top in HEAVY and room in LIGHT_ROOMS:
+            pytest.fail(f"{room} must not need {name}")
+        if top in ("transformers", "peft") and room not in HOST_ROOMS:
+            pytest.fail(f"{room} must not import {name}")
+        assert not (at_load and top in ("matplotlib", "datasets") and room not in ("recipes",)), (
+            f"{name} must load on use"
+        )
+        assert not name.startswith((".", "recipes", "eval.")), "absolute imports only"
+
+
+def test_import_loads_torch_and_nothing_heavy():
+    code = f"import sys, rope_scaling; print(sorted({HEAVY - {'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_import_costs_at_most_a_tenth_more_than_torch():
+    """Processor seconds, the two alternating, the best of each: what the machine does besides falls on both."""
+
+    def cost(statement):
+        code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+            ).stdout
+        )
+
+    deadline, torch_costs, our_costs = time.monotonic() + 60, [], []
+    while time.monotonic() < deadline:
+        torch_costs.append(cost("import torch"))
+        our_costs.append(cost("import rope_scaling"))
+        if len(torch_costs) >= 5 and min(our_costs) <= 1.1 * min(torch_costs):
+            break
+    assert min(our_costs) <= 1.1 * min(torch_costs)
+
+
+def test_public_names_exist():
+    import rope_scaling
+
+    assert rope_scaling.__all__ == sorted(
+        rope_scaling.__all__, key=lambda name: (not name.isupper(), name.islower(), name)
+    )
+    assert all(getattr(rope_scaling, name) is not None for name in rope_scaling.__all__)
+    assert set(rope_scaling.__all__) <= set(dir(rope_scaling))
+
+
+def test_no_file_in_a_mapped_folder_shadows_a_library():
+    names = {file.stem for folder in ("recipes", "eval") for file in (ROOT / folder).rglob("*.py")}
+    assert not names & (set(sys.stdlib_module_names) | HEAVY | {"torch", "yaml", "safetensors"})
+
+
+def test_house_sizes():
+    for file, _ in sources():
+        text = file.read_text()
+        assert text.count("\n") <= 400, f"{file} is longer than 400 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{file}: {node.name} is longer than 80 lines"
