@@ -27,14 +27,19 @@ class MethodSpec:
 
 
 def parse_method(text: str) -> MethodSpec:
-    """Reads `name` or `name:field=value,field=value`, with JSON values.
+    """Reads `name`, `name:field=value,field=value` with JSON values, or `name:{...}` with a JSON object of fields.
 
     Raises:
-        RopeScalingError: the name is unknown, or a part has no `=`.
+        RopeScalingError: the name is unknown, or what follows it is in neither form.
     """
     name, _, rest = text.partition(":")
     method_class(name)
     arguments: dict[str, Any] = {}
+    if rest.startswith("{"):
+        try:
+            return MethodSpec(name, name, json.loads(rest))
+        except json.JSONDecodeError as error:
+            raise RopeScalingError(f"Method {text!r}: what follows the name is no JSON object: {error}.") from error
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:

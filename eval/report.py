@@ -98,7 +98,7 @@ def print_tables(rows: list[dict[str, Any]], console: Any) -> None:
     from rich.table import Table
 
     for title, (header, *lines) in _titled(rows):
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
         for cells in lines:
@@ -112,7 +112,7 @@ def _titled(rows: list[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     return [
         ("Perplexity by position", perplexity_table(rows)),
         (
-            "Difference to the unpatched model on the same tokens, nats a token, with 95% interval",
+            "Difference to unpatched on the same tokens, nats a token, 95% interval",
             difference_table(rows),
         ),
     ]
@@ -148,7 +148,7 @@ def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title:
     )
     axes.set_xscale("log", base=2)
     ticks = [trained_length * 2**k for k in range(-3, 12) if edges[0] <= trained_length * 2**k <= longest * 1.01]
-    axes.set_xticks(ticks, [f"{tick}\n{tick / trained_length:g}x" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}\n{tick / trained_length:g}x" for tick in ticks])
     axes.set(xlabel="position, tokens", ylabel="loss, nats a token", title=title, xlim=(edges[0], longest * 1.01))
     axes.grid(alpha=0.3)
     # In the order in which the lines end, top to bottom, so that legend and lines can be matched by eye.

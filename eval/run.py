@@ -212,7 +212,8 @@ class _Store:
         if folder is None:
             return
         # Versions are part of the settings: curves of two versions must not meet in one table.
-        settings = {**_settings(config, documents), "versions": environment()}
+        hashes = {document.name: document.sha256 for document in documents.items}
+        settings = {**_settings(config, documents), "documents": hashes, "versions": environment()}
         recorded = folder / "settings.json"
         if recorded.exists():
             self._compare(json.loads(recorded.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))

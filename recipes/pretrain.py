@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train()
 
+    model.config.use_cache = True  # the Trainer turns it off
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     quality = {

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rope_scaling import METHODS
 from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import read_rows
@@ -22,19 +23,23 @@ def test_python_blocks_run_in_order(tmp_path):
     """As one program, from an empty folder, with the embedded model in the place of the one on the hub."""
     program = "\n".join(code for language, code in BLOCKS if language == "python")
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in program
-    replaced = program.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(ROOT / "rope_scaling" / "demo" / "model")))
+    replaced = program.replace(
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(ROOT / "rope_scaling" / "demo" / "model"))
+    )
     done = subprocess.run([sys.executable, "-c", replaced], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [c for lang, code in BLOCKS if lang == "bash" for c in code.splitlines() if c.startswith("rope-scaling")])
+@pytest.mark.parametrize(
+    "command",
+    [c for lang, code in BLOCKS if lang == "bash" for c in code.splitlines() if c.startswith("rope-scaling")],
+)
 def test_shell_commands_are_understood(command, tmp_path):
     """Every option that the README shows is one that the command has."""
     words = command.split("#")[0].split()
-    help_text = subprocess.run(
-        [sys.executable, "-m", "rope_scaling.cli.main", words[1], "--help"], capture_output=True, text=True, check=True,
-        env=os.environ | {"COLUMNS": "200"},
-    ).stdout  # fmt: skip
+    command = [sys.executable, "-m", "rope_scaling.cli.main", words[1], "--help"]
+    environment = os.environ | {"COLUMNS": "200"}
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     for word in words[2:]:
         if word.startswith("--"):
             assert word in help_text

@@ -79,7 +79,7 @@ def _fetch(load: Any, name: str, **arguments: Any) -> Any:
     source = model_source(name)
     try:
         return load(source, **arguments)
-    except (OSError, ValueError, ConnectionError) as error:
+    except Exception as error:  # a checkpoint, a config class or the network may fail in any way
         raise RopeScalingError(
             f"Cannot load {name!r}: {_first_line(error)} Give a folder, a hub id such as 'org/name', or 'demo'; "
             "after an interrupted download, run the command again."

@@ -235,6 +235,9 @@ def test_method_texts():
     spec = parse_method("yarn:beta_fast=16,truncate=false")
     assert (spec.name, spec.arguments) == ("yarn", {"beta_fast": 16, "truncate": False})
     assert parse_method("resonance:wrapped=yarn").arguments == {"wrapped": "yarn"}
+    assert parse_method('longrope:{"long_factor": [1, 2]}').arguments == {"long_factor": [1, 2]}
+    with pytest.raises(RopeScalingError, match="no JSON object"):
+        parse_method("longrope:{long_factor")
     with pytest.raises(RopeScalingError, match="Unknown method 'yran'"):
         parse_method("yran:beta_fast=16")
     with pytest.raises(RopeScalingError, match="'beta_fast' is not `field=value`"):

@@ -2,15 +2,25 @@
 
 import json
 import math
+from importlib import resources
+from itertools import pairwise
 
 import pytest
 import torch
+
 from rope_scaling.demo import corpus
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.recipes import pretrain, search_longrope
 
 
-SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_steps": 3, "batch_size": 2}
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_steps": 3,
+    "batch_size": 2,
+}
 
 
 @pytest.fixture
@@ -23,7 +33,13 @@ def small_corpus(monkeypatch):
 @pytest.fixture
 def small_config(monkeypatch):
     load = pretrain.load_config
-    overrides = SMALL | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "eval_steps": 2, "warmup_steps": 1}
+    overrides = SMALL | {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "eval_steps": 2,
+        "warmup_steps": 1,
+    }
     monkeypatch.setattr(pretrain, "load_config", lambda name, **given: load(name, **{**given, **overrides}))
 
 
@@ -52,7 +68,8 @@ def test_windows_depend_on_seed_and_index_alone(small_corpus):
 
 
 def test_an_unknown_key_is_an_error(tmp_path):
-    (tmp_path / "bad.yaml").write_text("vocab_sise: 3\n")
+    good = (resources.files("rope_scaling.recipes") / "pretrain_demo.yaml").read_text()
+    (tmp_path / "bad.yaml").write_text(good + "vocab_sise: 3\n")
     with pytest.raises(ValueError, match="vocab_sise"):
         pretrain.load_config(str(tmp_path / "bad.yaml"))
 
@@ -63,7 +80,7 @@ def test_mutated_longrope_factors_keep_their_bounds():
     rng, factors = random.Random(0), [1.0] * 16 + [8.0] * 16
     for _ in range(200):
         factors = search_longrope.mutate(factors, 8.0, rng)
-        assert all(1.0 <= a <= b <= 10.0 for a, b in zip(factors, factors[1:], strict=False))
+        assert all(1.0 <= a <= b <= 10.0 for a, b in pairwise(factors))
 
 
 def test_the_search_never_returns_worse_than_its_seeds(tmp_path, capsys):

@@ -1,0 +1,30 @@
+"""On a GPU, where there is one: patched before or after the move, and offloaded by accelerate."""
+
+import pytest
+import torch
+from conftest import logits, make_model, rotary, token_ids
+
+import rope_scaling
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_before_or_after_the_move(dtype):
+    before = rope_scaling.patch(make_model("llama"), "yarn", factor=4).to("cuda", dtype)
+    after = rope_scaling.patch(make_model("llama").to("cuda", dtype), "yarn", factor=4)
+    for model in (before, after):
+        assert rotary(model).inv_freq.device.type == "cuda" and rotary(model).inv_freq.dtype == torch.float32
+    ids = token_ids(150).cuda()
+    assert torch.equal(logits(before, ids), logits(after, ids))
+
+
+def test_unpatch_gives_back_the_same_bits():
+    model, ids = make_model("llama").cuda(), token_ids(150).cuda()
+    original = logits(model, ids)
+    rope_scaling.unpatch(rope_scaling.patch(model, "yarn", factor=4))
+    assert torch.equal(logits(model, ids), original)
