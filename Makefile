@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 REAL_MODEL ?= $(or $(ROPE_SCALING_REAL_MODEL),HuggingFaceTB/SmolLM2-135M-Instruct)
-REAL_DOCUMENTS ?= 3
+REAL_DOCUMENTS ?= 6
 SETUP := pyproject.toml constraints.txt
 
 .PHONY: demo test lint bench real smoke clean

@@ -131,15 +131,15 @@ def _read(path: Path) -> str:
         raise RopeScalingError(f"Cannot read {str(path)!r} as UTF-8 text: {error}") from error
 
 
-def _read_table(name: str, column: str, split: str, **arguments: Any) -> Iterator[tuple[str, str]]:
+def _read_table(path: str, column: str, split: str, **arguments: Any) -> Iterator[tuple[str, str]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, **arguments)
+        rows = datasets.load_dataset(path, split=split, **arguments)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RopeScalingError(
-            f"Cannot load {arguments.get('data_files', name)!r} as a dataset: {reason} "
+            f"Cannot load {arguments.get('data_files', path)!r} as a dataset: {reason} "
             "Give `stdlib`, a file, a folder, or a dataset's name on the hub."
         ) from error
     for index, row in enumerate(rows):

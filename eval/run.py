@@ -95,6 +95,10 @@ def evaluate(
     """
     check_lengths(config.lengths)
     check_static(model)
+    for spec in methods:
+        # Anything wrong with a method shows before the first is measured.
+        with patched(model, spec.name, factor=config.factor, **spec.arguments):
+            pass
     store = _Store(output, config, documents)
     plain = _measure_curves(model, documents.items, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
     cropped = _measure_cropping(model, documents.items, plain, config, store, progress)

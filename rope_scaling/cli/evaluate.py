@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,12 @@ def _with_progress(
             done = bars.tasks[0].completed + tokens
             bars.update(bar, advance=tokens, description=label, rate=f"{done / (time.monotonic() - started):,.0f}")
 
-        return runner.evaluate(model, documents, specs, config, folder, advance)
+        try:
+            return runner.evaluate(model, documents, specs, config, folder, advance)
+        except KeyboardInterrupt:
+            bars.stop()
+            print("Interrupted. The same command resumes where it stopped.", file=sys.stderr)
+            raise
 
 
 def _show(rows: list, curves: list, documents: Any, folder: Path) -> None:

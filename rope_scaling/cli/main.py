@@ -86,9 +86,7 @@ def methods() -> None:
         )
         table.add_row(name, cls.changes, cls.needs_training, paper)
     Console().print(table)
-    print(
-        "\nPapers by number: https://huggingface.co/papers/NUMBER. Fine-tuning: not needed (no), helps, needed (yes)."
-    )
+    print("\nPapers: huggingface.co/papers/NUMBER. Training: no (not needed), helps, yes (needed).")
     print("Try one: rope-scaling describe demo --method yarn --factor 8 --pairs")
 
 
@@ -127,7 +125,6 @@ def main(arguments: list[str] | None = None) -> Any:
             fail(error.format_message())
         raise
     except KeyboardInterrupt:
-        print("Interrupted. The same command resumes where it stopped.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -149,7 +149,8 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
         compute = ROPE_INIT_FUNCTIONS[rope_type]
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
     varying = {"seq_len": length} if length and rope_type == "longrope" else {}
-    inv_freq, attention_factor = compute(config, device=torch.device("cpu"), **layer_type, **varying)
+    with torch.device("cpu"):
+        inv_freq, attention_factor = compute(config, **layer_type, **varying)
     return inv_freq.to(torch.float32), float(attention_factor)
 
 

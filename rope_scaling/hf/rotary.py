@@ -164,7 +164,7 @@ class _Pinned:
         name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
         pinned = getattr(self, _STATE).pinned
         if name not in pinned:
-            return super().compute_default_rope_parameters(config, device=device, layer_type=layer_type)  # type: ignore[misc]
+            return super().compute_default_rope_parameters(config, layer_type=layer_type)  # type: ignore[misc]
         factor = getattr(self, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling")
         return pinned[name].to(device), factor
 

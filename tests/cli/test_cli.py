@@ -108,7 +108,7 @@ def case(message, *arguments):
         case(
             "`factor` must be a finite number, at least 1; got nan", "evaluate", "--model", "MODEL", "--factor", "nan"
         ),
-        case("'four' is not a valid float", "evaluate", "--factor", "four"),
+        case("Invalid value for '--factor'", "evaluate", "--factor", "four"),
         case("not both", "evaluate", "--model", "MODEL", "--factor", "4", "--target-length", "256"),
         case(
             "`--target-length` is 32, but the model reads 64 tokens",
@@ -177,13 +177,13 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, folder, text, tm
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "thesis.tex").write_text("precious")
     GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=16).save_pretrained(tmp_path / "gpt2")
-    places = {
-        "MODEL": folder,
-        "TEXT": text,
-        "BINARY": tmp_path / "binary.txt",
-        "OCCUPIED": tmp_path / "occupied",
-        "GPT2": tmp_path / "gpt2",
-    }
+    (tmp_path / "empty.txt").write_text("")
+    make_model("phi", partial_rotary_factor=1.0, hidden_size=12).save_pretrained(tmp_path / "odd")
+    (tmp_path / "lengthless").mkdir()
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": None}
+    (tmp_path / "lengthless" / "config.json").write_text(json.dumps(config))
+    places = {name.upper(): tmp_path / name for name in ("odd", "lengthless", "occupied", "gpt2")}
+    places |= {"MODEL": folder, "TEXT": text, "BINARY": tmp_path / "binary.txt", "EMPTY": tmp_path / "empty.txt"}
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main([str(places.get(argument, argument)) for argument in arguments])

@@ -28,7 +28,7 @@ def test_one_bos_then_the_text_cut_at_the_longest_length(tokenizer):
 
 def test_short_documents_are_skipped_and_counted(tokenizer):
     documents = make_documents(
-        [("short", "x"), ("middle", text_of(tokenizer, 8)), ("long", text_of(tokenizer, 100))], tokenizer, [32, 64]
+        [("short", "x"), ("middle", text_of(tokenizer, 4)), ("long", text_of(tokenizer, 100))], tokenizer, [32, 64]
     )
     assert [document.name for document in documents.items] == ["middle", "long"]
     assert documents.skipped == 1
