@@ -12,7 +12,7 @@ demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every st
 	$(BIN)/rope-scaling evaluate --model demo
 
 test: $(VENV)/.dev ## run the tests that need no network, GPU or real model
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not real_model"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not real_model"
 
 lint: $(VENV)/.dev ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -22,6 +22,7 @@ lint: $(VENV)/.dev ## format, lint and types
 bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/retrieval.py
 
 real: $(VENV)/.dev ## the real model's table: 16k tokens, about ten minutes a document on two cores
 	$(BIN)/rope-scaling evaluate --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct \

@@ -20,8 +20,7 @@ _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex"}
 
 @dataclass(frozen=True)
 class Document:
-    """A document as the model sees it: one BOS if the tokenizer has one, then its tokens, cut at the longest
-    length."""
+    """A document as the model sees it: a BOS if the tokenizer has one, then its tokens, cut at the longest length."""
 
     name: str
     ids: torch.Tensor

@@ -1,5 +1,4 @@
-"""Rows: one JSON object a measurement, with everything needed to trust it. Tables and plots are made from rows
-alone."""
+"""Rows: one JSON object a measurement, with everything needed to trust it. Tables are made from rows alone."""
 
 from __future__ import annotations
 

@@ -82,9 +82,8 @@ def evaluate(
         documents (`Documents`): What `make_documents` gave.
         methods (list of `MethodSpec`): Methods beside the two baselines.
         config (`EvaluationConfig`): Settings, recorded in every row.
-        output (`Path`, *optional*): Folder for rows and curves. A folder with an unfinished run of the same settings
-            is
-            resumed at the document where it stopped.
+        output (`Path`, *optional*): Folder for rows and curves. An unfinished run of the same settings in it
+            is resumed at the document where it stopped.
         progress (callable, *optional*): Called after every forward pass over documents.
 
     Returns:

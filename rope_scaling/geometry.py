@@ -18,8 +18,7 @@ class RopeGeometry:
     """
 
     rotary_dim: int
-    """Rotary width `R` of a head: how many of its dimensions are rotated, in pairs. Below `head_dim` in partial
-    rotary models."""
+    """Rotary width `R`: how many dimensions of a head are rotated, in pairs; partial rotary models leave some out."""
     rope_theta: float
     """Base `b` of the pretrained frequencies `b^(-2i/R)`."""
     original_max_position_embeddings: int
@@ -29,8 +28,7 @@ class RopeGeometry:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     layer_type: str | None = None
-    """Which layers these numbers hold for, in models whose layer types rotate differently (`full_attention`); else
-    `None`."""
+    """Layer type that these numbers hold for, in models whose layer types rotate differently; else `None`."""
 
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:

@@ -108,8 +108,7 @@ def correction_index(geometry: RopeGeometry, num_rotations: float) -> float:
 
 
 def correction_ramp(geometry: RopeGeometry, beta_fast: float, beta_slow: float, truncate: bool = True) -> torch.Tensor:
-    """0 for pairs that turn more than `beta_fast` times within the trained length, 1 below `beta_slow`, linear
-    between.
+    """0 for pairs that turn more than `beta_fast` times in the trained length, 1 below `beta_slow`, linear between.
 
     The ends are rounded outwards unless `truncate` is false, and clamped to `[0, R - 1]` as the YaRN paper's code and
     Transformers do, so in a model with few pairs or a long trained length the last pair may stay below 1.

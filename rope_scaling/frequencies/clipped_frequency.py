@@ -28,8 +28,7 @@ class ClippedFrequency(FrequencyMethod):
     needs_training: ClassVar[str] = "yes"
 
     num_pairs: int | None = None
-    """How many of the slowest pairs; by default those whose wavelength exceeds the trained length (the paper: 20 of
-    64)."""
+    """How many of the slowest pairs; by default those with wavelengths beyond the trained length (paper: 20 of 64)."""
     soft: bool = True
     """Taper (the paper's CoPE) or stop (its HardClip)."""
 

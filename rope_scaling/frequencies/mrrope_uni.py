@@ -17,8 +17,8 @@ class MrRopeUni(FrequencyMethod):
     """MrRoPE-Uni: the slow-down grows by the same ratio from pair to pair
     ([paper](https://huggingface.co/papers/2601.22181)).
 
-    `theta'_i = theta_i / s^(t/n)`, `t` pairs beyond the last one kept, in a band of `n`; cos and sin times `0.1 ln(s)
-    + 1`.
+    `theta'_i = theta_i / s^(t/n)`, `t` pairs beyond the last one kept, in a band of `n`.
+    cos and sin times `0.1 ln(s) + 1`.
     """
 
     name: ClassVar[str] = "mrrope_uni"
@@ -31,8 +31,7 @@ class MrRopeUni(FrequencyMethod):
     beta_fast: float = 32.0
     """The last pair that turns more often than this within the trained length is the last that is kept."""
     beta_slow: float = 1.0
-    """The first pair that turns less often than this within the trained length is the first slowed by the full
-    factor."""
+    """The first pair that turns less often than this within the trained length is slowed by the full factor."""
     attention_factor: float | None = None
     """Multiplier of cos and sin; by default `0.1 ln(s) + 1`."""
 

@@ -46,8 +46,7 @@ class Yarn(FrequencyMethod):
     truncate: bool = True
     """Round the ends of the ramp outwards to whole pairs."""
     revised: bool = False
-    """Interpolate wavelengths in place of frequencies, `theta_i / (1 - r_i + s r_i)`, as PoSE's "revised YaRN"
-    does."""
+    """Interpolate wavelengths, not frequencies: `theta_i / (1 - r_i + s r_i)`, the "revised YaRN" of PoSE's code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,8 +40,7 @@ class SlotDescription:
     """`[R / 2]`, float32."""
 
     def pair_table(self) -> str:
-        """One line a pair: index, wavelength as trained and now in tokens, slow-down, turns within trained and target
-        length."""
+        """One line a pair: wavelength as trained and now in tokens, slow-down, turns in trained and target length."""
         lines = ["  pair   wavelength      now     slow-down   turns in trained / target length"]
         for index, (old, new) in enumerate(
             zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)

@@ -36,8 +36,7 @@ def target_length(pretrained: Pretrained, method: FrequencyMethod, given: int | 
     """The length that a patched model is meant for, in tokens.
 
     Raises:
-        RopeScalingError: the given length is below what the model reads already, or contradicts the method's own
-        factor.
+        RopeScalingError: the given length is below what the model reads already, or contradicts the method.
     """
     factor = factor_of(method)
     derived = int(pretrained.reach * factor)

@@ -74,18 +74,16 @@ def patch(
         factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
         target_length (`int`, *optional*): The same in tokens. Exactly one of the two for a method made for a length.
         original_max_position_embeddings (`int`, *optional*): Trained length in tokens, where the config has none.
-        layer_types (`str` or list of `str`, *optional*): In models whose layer types rotate differently, which to
-            scale:
-            names, or `"all"`. By default full attention only.
+        layer_types (`str` or list of `str`, *optional*): In models whose layer types rotate differently, the types to
+            scale, or `"all"`. By default full attention only.
         **arguments: Fields of the method, when it is given by name.
 
     Returns:
         `nn.Module`: the model itself.
 
     Raises:
-        RopeScalingError: bad arguments, a model without RoPE, or a change that could not be verified on the module.
-        The
-            model is left as it was.
+        RopeScalingError: bad arguments, a model without RoPE, or a change that could not be verified on the module;
+            the model is left as it was.
     """
     slots = rotary_slots(model)
     if method is None:
@@ -96,9 +94,8 @@ def patch(
             )
         record = _recorded(slots)
         recorded, length = method_from_record(record["method"]), record["target_length"]
-        return _apply(
-            model, slots, recorded, length, record["original_max_position_embeddings"], record["layer_types"]
-        )
+        original = record["original_max_position_embeddings"]
+        return _apply(model, slots, recorded, length, original, record["layer_types"], from_record=True)
     if original_max_position_embeddings is not None:
         original_max_position_embeddings = check_length(
             "original_max_position_embeddings", original_max_position_embeddings
@@ -163,6 +160,7 @@ def _apply(
     length: int | None,
     original_length: int | None,
     layer_types: list[str] | None,
+    from_record: bool = False,
 ) -> nn.Module:
     """Computes everything first, then changes the model, then verifies it; a failure leaves it as it was."""
     config = _config(slots)
@@ -183,6 +181,11 @@ def _apply(
             raise RopeScalingError(f"{method} changes nothing on this model: every frequency stays as it is.")
         patches[slot.path, slot.layer_type] = Patch(method, target, pretrained, extension)
         parameters = slot.with_part(parameters, extension.rope_parameters)
+    if from_record and parameters != config.rope_parameters:
+        raise RopeScalingError(
+            "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. Name "
+            "the method you want, as in `patch(model, 'yarn', factor=4)`; it starts from the recorded pretrained state."
+        )
     _warn_of_windows(config, target)
     after = {
         "rope_parameters": parameters,

@@ -1,5 +1,4 @@
-"""How a model arrived: its geometry, the scaling it already has, and how far that reaches. Read from its config
-alone."""
+"""How a model arrived: geometry, the scaling it already has, and how far that reaches; from its config alone."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ class Pretrained:
 
     @property
     def other_parameters(self) -> dict[str, Any]:
-        """What else stands in `rope_parameters` and has to stay: `partial_rotary_factor`, `mrope_section` and the
-        like."""
+        """What else stands in `rope_parameters` and must stay, such as `partial_rotary_factor` or `mrope_section`."""
         return {key: value for key, value in self.rope_parameters.items() if key not in _SCALING_KEYS}
 
 

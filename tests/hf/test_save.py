@@ -152,6 +152,19 @@ def test_a_damaged_record_is_refused(llama, damage, message):
         rope_scaling.patch(llama)
 
 
+def test_a_record_that_contradicts_its_config_is_refused(llama, tmp_path):
+    rope_scaling.patch(llama, "yarn", factor=4).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_parameters"]["factor"] = 2.0
+    file.write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RopeScalingError, match="are not those of the patch it records: one of the two was edited"):
+        rope_scaling.patch(loaded)
+    rope_scaling.patch(loaded, "yarn", factor=4)
+    assert torch.equal(logits(loaded.eval()), logits(llama))
+
+
 def test_unpatched_models_save_without_a_trace(llama, tmp_path):
     llama.save_pretrained(tmp_path / "before")
     with rope_scaling.patched(llama, "yarn", factor=4):

@@ -1,5 +1,4 @@
-"""Each method's formula once more, from its paper, pair by pair, in plain Python: slow, obvious, and no code of the
-library.
+"""Each method's formula once more, from its paper, pair by pair, in plain Python and without the library's code.
 
 `R` rotary width, `b` base, `L` trained length, `s` factor. Each returns (frequencies, attention factor).
 """
