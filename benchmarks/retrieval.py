@@ -1,4 +1,4 @@
-"""Whether the embedded model has the retrieval skill that it was trained for, and what becomes of it beyond 256 tokens.
+"""Whether the embedded model has the retrieval skill that it was trained for, and what becomes of it beyond 256.
 
     python benchmarks/retrieval.py
 
@@ -13,8 +13,9 @@ import random
 import sys
 from pathlib import Path
 
-import rope_scaling
 import torch
+
+import rope_scaling
 from rope_scaling.demo import corpus, retrieval
 from rope_scaling.hf.loading import load_model, load_tokenizer
 

@@ -13,6 +13,9 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.rotary import rotary_slots
 
 
+_ROWS_IN_CACHE = 64
+
+
 @torch.inference_mode()
 def nll_curve(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """Negative log-likelihood of every token but the first, in nats.
@@ -43,9 +46,15 @@ def nll_curve(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int) -> tor
             use_cache=True,
         ).logits
         targets = ids[:, start + 1 : end + 1]
-        loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        losses.append(loss.view(rows, -1).cpu())
+        losses.append(_cross_entropy(logits.flatten(0, 1), targets.flatten()).view(rows, -1).cpu())
     return torch.cat(losses, dim=1)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss of every row in float32, `[N]`; on a CPU in blocks of rows that fit its cache, which is much faster."""
+    size = _ROWS_IN_CACHE if logits.device.type == "cpu" else len(logits)
+    blocks = zip(logits.split(size), targets.split(size), strict=True)
+    return torch.cat([cross_entropy(block.float(), wanted, reduction="none") for block, wanted in blocks])
 
 
 def cropped_nll_curve(

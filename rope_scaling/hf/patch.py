@@ -183,8 +183,8 @@ def _apply(
         parameters = slot.with_part(parameters, extension.rope_parameters)
     if from_record and parameters != config.rope_parameters:
         raise RopeScalingError(
-            "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. Name "
-            "the method you want, as in `patch(model, 'yarn', factor=4)`; it starts from the recorded pretrained state."
+            "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
+            "Name the method you want, as in `patch(model, 'yarn', factor=4)`; it starts from the pretrained state."
         )
     _warn_of_windows(config, target)
     after = {

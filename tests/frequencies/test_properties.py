@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import METHOD_CASES, arguments_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cases import METHOD_CASES, arguments_of
 from rope_scaling import RopeGeometry, default_inv_freq, make_method
 
 
