@@ -110,7 +110,7 @@ def print_tables(rows: list[dict[str, Any]], console: Any) -> None:
 
 def _titled(rows: list[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     return [
-        ("Perplexity by position", perplexity_table(rows)),
+        (f"Perplexity by position, 1x = {rows[0]['trained_length']} tokens", perplexity_table(rows)),
         (
             "Difference to unpatched on the same tokens, nats a token, 95% interval",
             difference_table(rows),

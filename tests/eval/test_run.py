@@ -152,10 +152,10 @@ def test_an_interrupted_run_resumes_at_the_document_where_it_stopped(finished, t
     folder = tmp_path / "interrupted"
     scored = []
 
-    def stop_after(count):
+    def stop_after(count, error=KeyboardInterrupt):
         def score(model, ids, chunk_size, original=run_module.nll_curve):
             if len(scored) >= count:
-                raise KeyboardInterrupt
+                raise error
             scored.append(ids.shape)
             return original(model, ids, chunk_size)
 
@@ -165,7 +165,7 @@ def test_an_interrupted_run_resumes_at_the_document_where_it_stopped(finished, t
         patch.setattr(run_module, "nll_curve", stop_after(6))
         evaluate(make_model("llama"), make_documents(), METHODS, make_config(), folder)
     assert not (folder / "rows.jsonl").exists()
-    monkeypatch.setattr(run_module, "nll_curve", stop_after(12))
+    monkeypatch.setattr(run_module, "nll_curve", stop_after(12, AssertionError))
     resumed, _ = evaluate(make_model("llama"), make_documents(), METHODS, make_config(), folder)
     assert len(scored) == 3 * 4, "no document was scored twice"
     assert resumed == rows

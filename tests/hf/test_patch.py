@@ -28,7 +28,8 @@ def state(model):
     return (
         {name: buffer.clone() for name, buffer in model.named_buffers()},
         model.config.to_json_string(use_diff=False),
-        type(rotary(model)),
+        [id(cls) for cls in type(rotary(model)).__mro__],
+        "_rope_scaling" in vars(rotary(model)),
         {key: value for key, value in vars(rotary(model)).items() if not key.startswith("_")},
     )
 

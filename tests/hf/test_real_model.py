@@ -49,10 +49,10 @@ def test_saved_and_read_by_plain_transformers(model, tmp_path):
 
 @pytest.mark.slow
 def test_collapses_beyond_its_trained_length_and_yarn_mends_it(model):
-    """One document of 10k tokens: the last thousand, unpatched and under YaRN."""
-    length = model.config.max_position_embeddings + 2048
+    """One document of twice the trained length: its last thousand tokens, unpatched and under YaRN."""
+    length = 2 * model.config.max_position_embeddings
     (document,) = make_documents(read_texts("python-reference"), load_tokenizer(FOLDER), [length]).items
     plain = nll_curve(model, document.ids[None], 2048)[0, -1000:].mean()
     with rope_scaling.patched(model, "yarn", factor=2):
         mended = nll_curve(model, document.ids[None], 2048)[0, -1000:].mean()
-    assert plain - mended > 0.3
+    assert plain - mended > 1.0
