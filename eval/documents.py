@@ -91,8 +91,8 @@ def make_documents(
         texts (iterable of name and text): What `read_texts` gives.
         tokenizer: The model's own.
         lengths (`list[int]`): Lengths to evaluate, in tokens with the BOS, ascending.
-        pieces (`bool`): Cut each text into as many documents of the longest length as it holds, in place of its start
-        only. max_documents (`int`, *optional*): Stop after that many.
+        pieces (`bool`): Cut each text into as many documents of the longest length as it holds, not only its start.
+        max_documents (`int`, *optional*): Stop after that many.
 
     Raises:
         RopeScalingError: no document is long enough.

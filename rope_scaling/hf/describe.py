@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.patch import Patch, applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, changed_fields, pretrained_settings, read_pretrained
@@ -117,18 +118,16 @@ def read_description(model: nn.Module) -> Description:
 
 def method_text(method: Any) -> str:
     """A method as one would write it: `yarn(factor=4)`; lists are shortened to their length."""
-    values = changed_fields(method)
-    shown = {
-        name: f"<{len(value)} numbers>"
-        if isinstance(value, tuple)
-        else method_text(value)
-        if hasattr(value, "name")
-        else f"{value:g}"
-        if isinstance(value, float)
-        else value
-        for name, value in values.items()
-    }
-    return f"{method.name}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+    fields = ", ".join(f"{name}={_value_text(value)}" for name, value in changed_fields(method).items())
+    return f"{method.name}({fields})"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, FrequencyMethod):
+        return method_text(value)
+    if isinstance(value, tuple):
+        return f"<{len(value)} numbers>"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _describe_patched(slot: Slot, change: Patch) -> SlotDescription:

@@ -76,12 +76,13 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
         parameters = {**pretrained.other_parameters, "rope_theta": geometry.rope_theta, **(candidate or fallback)}
         try:
             whole = slot.with_part(slot.config.rope_parameters, parameters)
-            found, found_factor = host_frequencies(slot, config_with(slot, whole, length))
+            config = config_with(slot, whole, length)
+            found, found_factor = host_frequencies(slot, config)
         except Exception as error:
             refusals.append(f"{parameters['rope_type']}: {error}")
             continue
         if matches(found, inv_freq) and abs(found_factor - attention_factor) <= _TOLERANCE * abs(attention_factor):
-            return Extension(found, found_factor, parameters, arithmetic)
+            return Extension(found, found_factor, slot.part_of(config.rope_parameters), arithmetic)
         refusals.append(f"{parameters['rope_type']}: Transformers computes other frequencies from it")
     raise RopeScalingError(
         f"{type(slot.config).__name__} cannot express {method.name!r}, so a saved model would lose it. "

@@ -72,7 +72,8 @@ def patch(
         method (`str` or `FrequencyMethod`, *optional*): A name in `rope_scaling.METHODS`, with its fields as further
             arguments, or a method object. Without one, the method recorded in the config of a saved patched model.
         factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
-        target_length (`int`, *optional*): The same in tokens. Exactly one of the two for a method made for a length.
+        target_length (`int`, *optional*): The same in tokens. A method made for a length needs one of the two; with
+            others (`abf` with a base, `drope`, ...) it only sets the length written to the config.
         original_max_position_embeddings (`int`, *optional*): Trained length in tokens, where the config has none.
         layer_types (`str` or list of `str`, *optional*): In models whose layer types rotate differently, the types to
             scale, or `"all"`. By default full attention only.
@@ -172,15 +173,16 @@ def _apply(
             continue
         pretrained = read_pretrained(slot, settings, original_length)
         _check_as_configured(slot, pretrained)
-        target = target_length(pretrained, method, length)
-        extension = extend(slot, pretrained, method, target)
+        own_target = target_length(pretrained, method, length)
+        extension = extend(slot, pretrained, method, own_target)
         if (
             torch.equal(extension.inv_freq, pretrained.inv_freq)
             and extension.attention_factor == pretrained.attention_factor
         ):
             raise RopeScalingError(f"{method} changes nothing on this model: every frequency stays as it is.")
-        patches[slot.path, slot.layer_type] = Patch(method, target, pretrained, extension)
+        patches[slot.path, slot.layer_type] = Patch(method, own_target, pretrained, extension)
         parameters = slot.with_part(parameters, extension.rope_parameters)
+    target = max(change.target_length for change in patches.values())
     if from_record and parameters != config.rope_parameters:
         raise RopeScalingError(
             "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
@@ -224,9 +226,8 @@ def _verify(slot: Slot, change: Patch) -> None:
         or slot.attention_factor != change.extension.attention_factor
     ):
         raise RopeScalingError(
-            f"The patch did not take effect on `{slot.path}` ({type(slot.module).__name__}): its frequencies, "
-            "read back, "
-            "are not those of the method. The model was left as it was; please report the model class."
+            f"The patch did not take effect on `{slot.path}` ({type(slot.module).__name__}): its frequencies, read "
+            "back, are not those of the method. The model was left as it was; please report the model class."
         )
 
 
@@ -245,9 +246,9 @@ def _check_as_configured(slot: Slot, pretrained: Pretrained) -> None:
         found, expected, rtol=rounding, atol=1e-7 if rounding > 1e-5 else 1e-30
     ):
         raise RopeScalingError(
-            f"The frequencies in `{slot.path}` are not those of the model's config, so one of the two was "
-            "changed after "
-            "loading. Transformers reads the config only when it builds a model: load the model again and patch it."
+            f"The frequencies in `{slot.path}` are not those of the model's config, so one of the two was changed "
+            "after loading. Transformers reads the config only when it builds a model: load the model again and "
+            "patch it."
         )
 
 

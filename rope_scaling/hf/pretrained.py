@@ -95,9 +95,8 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
     rope_type = parameters.get("rope_type", "default")
     if rope_type.startswith("dynamic"):
         raise RopeScalingError(
-            f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the "
-            "call, so "
-            "there is no table to scale. Load it with plain frequencies: `from_pretrained(..., rope_parameters="
+            f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the call, "
+            "so there is no table to scale. Load it with plain frequencies: `from_pretrained(..., rope_parameters="
             f'{{"rope_type": "default", "rope_theta": {parameters["rope_theta"]}}})`.'
         )
     inv_freq, attention_factor = host_frequencies(slot, config, length=int(original) + 1)
@@ -107,9 +106,8 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
     if stated:
         reach = reach if method is None else max(int(maximum or 0), round(reach * factor_of(method)))
     else:
-        # A type that does not state the first trained length (`linear`) leaves `max_position_embeddings`, which is
-        # what
-        # Transformers lets the model read as it arrives.
+        # `linear` does not state the first trained length, only `max_position_embeddings`: what Transformers lets the
+        # model read as it arrives.
         geometry = replace(geometry, original_max_position_embeddings=max(round(reach / factor_of(method)), 1))
     varies = rope_type == "longrope" and parameters["short_factor"] != parameters["long_factor"]
     return Pretrained(geometry, reach, method, parameters, inv_freq, attention_factor, varies)
@@ -140,16 +138,28 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    classes = [cls for cls in type(slot.module).__mro__ if "compute_default_rope_parameters" in vars(cls)]
-    compute = vars(classes[-1])["compute_default_rope_parameters"].__func__
     rope_type = slot.part_of(config.rope_parameters)["rope_type"]
-    if rope_type != "default":
-        compute = ROPE_INIT_FUNCTIONS[rope_type]
+    compute = ROPE_INIT_FUNCTIONS.get(rope_type) or default_function(slot)
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
     varying = {"seq_len": length} if length and rope_type == "longrope" else {}
     with torch.device("cpu"):
         inv_freq, attention_factor = compute(config, **layer_type, **varying)
     return inv_freq.to(torch.float32), float(attention_factor)
+
+
+def default_function(slot: Slot) -> Any:
+    """The module class's own function for unscaled frequencies, past any that a patch of ours put in front of it.
+
+    Raises:
+        RopeScalingError: the class has none, so its frequencies cannot be computed from a config.
+    """
+    name = "compute_default_rope_parameters"
+    found = [vars(cls)[name] for cls in type(slot.module).__mro__ if name in vars(cls)]
+    if not found:
+        raise RopeScalingError(
+            f"{type(slot.module).__name__} has no `{name}`, so its frequencies cannot be read from its config."
+        )
+    return getattr(found[-1], "__func__", found[-1])
 
 
 def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:

@@ -62,8 +62,8 @@ def resolve_method(
         target_length = check_length("target_length", target_length)
         if target_length < reach:
             raise RopeScalingError(
-                f"`target_length` is {target_length}, but the model reads {reach} tokens as it is; give at "
-                f"least {reach}."
+                f"`target_length` is {target_length}, but the model reads {reach} tokens as it is; "
+                f"give at least {reach}."
             )
     wanted = factor if factor is not None else target_length / reach if target_length is not None else None
     if isinstance(method, str):
@@ -72,9 +72,8 @@ def resolve_method(
         made = _single_method(method)
         if arguments:
             raise RopeScalingError(
-                f"{', '.join(f'`{name}`' for name in arguments)}: a method object carries its own fields; set "
-                "them there, "
-                f"as in `{type(made).__name__}(...)`."
+                f"{', '.join(f'`{name}`' for name in arguments)}: a method object carries its own fields; "
+                f"set them there, as in `{type(made).__name__}(...)`."
             )
         if factor is not None and getattr(made, "factor", factor) not in (None, factor):
             raise RopeScalingError(
@@ -94,8 +93,8 @@ def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> 
     elif factors and factors[0].default is MISSING:
         method_class(name)
         raise RopeScalingError(
-            f"{name!r} needs to know how far: give `factor` or `target_length`, as in `patch(model, {name!r}, "
-            "factor=4)`."
+            f"{name!r} needs to know how far: give `factor` or `target_length`, "
+            f"as in `patch(model, {name!r}, factor=4)`."
         )
     return make_method(name, **arguments)
 

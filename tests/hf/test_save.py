@@ -96,7 +96,7 @@ def test_patch_without_arguments_makes_a_saved_patch_live_again(name, tmp_path):
     rope_scaling.patch(model, name, **arguments_of(name, 8))
     model.save_pretrained(tmp_path / "first")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
-    # Not only close: at a million tokens, a last bit of a fast pair's frequency is a tenth of a radian.
+    # Not only close: at a million tokens, the last bit of a fast frequency is up to 0.06 radian.
     assert torch.equal(rotary(loaded).inv_freq, rotary(model).inv_freq)
     rope_scaling.patch(loaded)
     assert torch.equal(logits(loaded), logits(model))
@@ -117,6 +117,16 @@ def test_gemma3_round_trip_with_its_layer_types(tmp_path):
     assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
     assert torch.equal(logits(rope_scaling.patch(loaded)), logits(model))
     assert torch.equal(logits(rope_scaling.unpatch(loaded)), original)
+
+
+def test_a_config_that_keeps_the_original_length_outside_its_rope_parameters(tmp_path):
+    """Phi-3's does, and its value overrides the one inside whenever the config is made anew."""
+    model = make_model("phi3", original_max_position_embeddings=4096)
+    rope_scaling.patch(model, "yarn", factor=4).save_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    rope_scaling.patch(loaded).save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(loaded), logits(model))
+    assert (tmp_path / "first" / "config.json").read_bytes() == (tmp_path / "second" / "config.json").read_bytes()
 
 
 def test_a_saved_patch_can_be_undone_without_making_it_live(tmp_path):
