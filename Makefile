@@ -4,15 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 REAL_MODEL ?= $(or $(ROPE_SCALING_REAL_MODEL),HuggingFaceTB/SmolLM2-135M-Instruct)
 REAL_DOCUMENTS ?= 6
-SETUP := pyproject.toml constraints.txt
+CONSTRAINTS ?= constraints.txt
+SETUP := pyproject.toml $(CONSTRAINTS)
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test lint bench real smoke clean
+.PHONY: demo test oldest lint bench real smoke clean
 
 demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every static method, at 1x to 8x
 	$(BIN)/rope-scaling evaluate --model demo
 
 test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip and say so
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+oldest: ## the same tests on the oldest supported torch and Transformers
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: $(VENV)/.dev ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -24,7 +29,7 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/retrieval.py
 
-real: $(VENV)/.dev ## the real model's table: 16k tokens, about ten minutes a document on two cores
+real: $(VENV)/.dev ## the real model's table: 16k tokens, about three minutes a document on two cores
 	$(BIN)/rope-scaling evaluate --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct \
 		--data python-reference --pieces --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
 		--method linear --method ntk --method yarn --method mrrope_pro \
@@ -38,15 +43,15 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # Torch first and pinned, so that nothing else chooses another build of it.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
+	$(INSTALL) torch setuptools
 	touch $@
 
 $(VENV)/.eval: $(VENV)/.torch $(SETUP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[eval]"
+	$(INSTALL) --no-build-isolation -e ".[eval]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SETUP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@ $(VENV)/.eval

@@ -6,6 +6,8 @@ at every shorter length too. So one pass at 8x the trained length holds the resu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +19,7 @@ _ROWS_IN_CACHE = 64
 
 
 @torch.inference_mode()
-def nll_curve(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
+def nll_curve(model: Any, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """Negative log-likelihood of every token but the first, in nats.
 
     Memory for logits is that of one chunk, whatever the length.

@@ -16,10 +16,12 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -90,8 +92,9 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": padded, "labels": labels}
 
     def retrieval(self, rng: random.Random, filler: list[int], length: int) -> list[int]:
-        encode = self.tokenizer._tokenizer.encode
-        to_ids = lambda text: encode(text, add_special_tokens=False).ids  # noqa: E731
+        def to_ids(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
         length = rng.randint(length // 3, length)
         if rng.random() < 0.5:
             return retrieval.copy_example(rng, to_ids, filler, length, span=rng.randint(8, length // 3)).ids
@@ -152,11 +155,11 @@ def load_config(name: str, **overrides: object) -> PretrainConfig:
         if name.endswith(".yaml")
         else Path(str(resources.files(__package__ or "rope_scaling.recipes"))) / f"{name}.yaml"
     )
-    (config,) = HfArgumentParser(PretrainConfig).parse_yaml_file(path)
+    (config,) = HfArgumentParser(cast(Any, PretrainConfig)).parse_yaml_file(path)
     return type(config)(**vars(config) | {key: value for key, value in overrides.items() if value is not None})
 
 
-def train_tokenizer(texts, config: PretrainConfig) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], config: PretrainConfig) -> PreTrainedTokenizerFast:
     """Byte-level BPE that puts a BOS before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -179,13 +182,13 @@ def train_tokenizer(texts, config: PretrainConfig) -> PreTrainedTokenizerFast:
     )
 
 
-def token_stream(texts, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """All documents, each closed by an EOS, as one tensor of token ids, int64."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return torch.tensor(list(chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in encoded)))
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
     shape = {name: getattr(config, name) for name in SHAPE}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     special = {
