@@ -28,11 +28,13 @@ def bucket_names(rows: list[dict[str, Any]]) -> list[tuple[tuple[int, int], str]
 
 
 def perplexity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and one line a method: perplexity in every bucket of positions."""
-    buckets = bucket_names(rows)
-    return [["method", *(name for _, name in buckets)]] + [
+    """Header and one line a method: perplexity in every bucket of positions, then of all of the longest length."""
+    longest, trained = rows[0]["lengths"][-1], rows[0]["trained_length"]
+    columns = [("bucket", *bucket) for bucket, _ in bucket_names(rows)] + [("prefix", 0, longest)]
+    names = [*(name for _, name in bucket_names(rows)), f"(0,{length_name(longest, trained)}]"]
+    return [["method", *names]] + [
         [method, *("" if row is None else perplexity_text(row["nll"]) for row in found)]
-        for method, found in _by_method(rows, buckets)
+        for method, found in _by_method(rows, columns)
     ]
 
 
@@ -43,15 +45,18 @@ def difference_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     buckets = buckets[:1] + buckets[-2:] if len(buckets) > 3 else buckets
     return [["method", *(name for _, name in buckets)]] + [
         [method, *("" if row is None else difference_text(row) for row in found)]
-        for method, found in _by_method(rows, buckets)
+        for method, found in _by_method(rows, [("bucket", *bucket) for bucket, _ in buckets])
         if method != UNPATCHED
     ]
 
 
-def _by_method(rows: list[dict[str, Any]], buckets: list) -> list[tuple[str, list[dict[str, Any] | None]]]:
-    found = {(row["method"], row["from"], row["to"]): row for row in rows if row["measure"] == "bucket"}
+def _by_method(
+    rows: list[dict[str, Any]], columns: list[tuple[str, int, int]]
+) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """Each method's rows for the columns: kind of measure, and the positions from and to."""
+    found = {(row["method"], row["measure"], row["from"], row["to"]): row for row in rows}
     methods = dict.fromkeys(row["method"] for row in rows)
-    return [(method, [found.get((method, *bucket)) for bucket, _ in buckets]) for method in methods]
+    return [(method, [found.get((method, *column)) for column in columns]) for method in methods]
 
 
 def perplexity_text(nll: float) -> str:

@@ -70,6 +70,11 @@ def logits(model, ids=None, **arguments):
     return model(token_ids(150) if ids is None else ids, **arguments).logits
 
 
+def close(one, other):
+    """Whether logits of two instances agree; weights that lie elsewhere in memory may change the last bit."""
+    return torch.allclose(one, other, atol=1e-6, rtol=0)
+
+
 def rotary(model):
     """The rotary module of a bare model of any of the families."""
     return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))

@@ -252,7 +252,7 @@ def test_every_method_is_swept_by_default():
 def test_tables_and_plot(finished, tmp_path):
     rows, curves, _ = finished
     text = markdown_tables(rows)
-    assert "| method | (0,0.5x] | (0.5x,1x] | (1x,2x] | (2x,4x] |" in text
+    assert "| method | (0,0.5x] | (0.5x,1x] | (1x,2x] | (2x,4x] | (0,4x] |" in text
     assert text.index("| unpatched |") < text.index("| cropping |") < text.index("| yarn |")
     assert "tiny, trained length 64, factor 4, 4 documents of random" in text
     plot_curves({curve.label: curve.values for curve in curves}, TRAINED_LENGTH, "title", tmp_path / "plot.png")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, logits, make_model, rotary, token_ids
+from conftest import FAMILIES, close, logits, make_model, rotary, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def test_plain_transformers_reads_every_method(family, tmp_path):
         model.save_pretrained(folder)
     found, warnings = read_without_the_library(wanted, tmp_path)
     for folder, expected in wanted.items():
-        assert torch.allclose(found[folder], expected, atol=1e-6, rtol=0), folder
+        assert close(found[folder], expected), folder
     for word in ("rope", "Unrecognized", "factor"):
         assert word not in warnings, warnings
 
@@ -99,13 +99,13 @@ def test_patch_without_arguments_makes_a_saved_patch_live_again(name, tmp_path):
     # Not only close: at a million tokens, the last bit of a fast frequency is up to 0.06 radian.
     assert torch.equal(rotary(loaded).inv_freq, rotary(model).inv_freq)
     rope_scaling.patch(loaded)
-    assert torch.equal(logits(loaded), logits(model))
+    assert close(logits(loaded), logits(model))
     assert loaded.config.rope_scaling_patch == model.config.rope_scaling_patch
     loaded.save_pretrained(tmp_path / "second")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     rope_scaling.unpatch(loaded)
-    assert torch.equal(logits(loaded), original)
+    assert close(logits(loaded), original)
 
 
 def test_gemma3_round_trip_with_its_layer_types(tmp_path):
@@ -114,9 +114,9 @@ def test_gemma3_round_trip_with_its_layer_types(tmp_path):
     rope_scaling.patch(model, "resonance", wrapped="yarn", factor=4, layer_types="all")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
-    assert torch.equal(logits(rope_scaling.patch(loaded)), logits(model))
-    assert torch.equal(logits(rope_scaling.unpatch(loaded)), original)
+    assert close(logits(loaded), logits(model))
+    assert close(logits(rope_scaling.patch(loaded)), logits(model))
+    assert close(logits(rope_scaling.unpatch(loaded)), original)
 
 
 def test_a_config_that_keeps_the_original_length_outside_its_rope_parameters(tmp_path):
@@ -125,7 +125,7 @@ def test_a_config_that_keeps_the_original_length_outside_its_rope_parameters(tmp
     rope_scaling.patch(model, "yarn", factor=4).save_pretrained(tmp_path / "first")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
     rope_scaling.patch(loaded).save_pretrained(tmp_path / "second")
-    assert torch.equal(logits(loaded), logits(model))
+    assert close(logits(loaded), logits(model))
     assert (tmp_path / "first" / "config.json").read_bytes() == (tmp_path / "second" / "config.json").read_bytes()
 
 
@@ -135,7 +135,7 @@ def test_a_saved_patch_can_be_undone_without_making_it_live(tmp_path):
     rope_scaling.patch(model, "yarn", factor=4).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     rope_scaling.unpatch(loaded)
-    assert torch.equal(logits(loaded), original)
+    assert close(logits(loaded), original)
     assert not hasattr(loaded.config, RECORD_KEY)
 
 
@@ -144,7 +144,7 @@ def test_another_patch_on_a_saved_one_starts_from_the_pretrained_frequencies(tmp
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     fresh = logits(rope_scaling.patch(make_model("llama"), "linear", factor=2))
     with rope_scaling.patched(loaded, "linear", factor=2):
-        assert torch.equal(logits(loaded), fresh)
+        assert close(logits(loaded), fresh)
     assert loaded.config.rope_scaling_patch["method"]["name"] == "yarn"
 
 
@@ -174,7 +174,7 @@ def test_a_record_that_contradicts_its_config_is_refused(llama, tmp_path):
     with pytest.raises(RopeScalingError, match="are not those of the patch it records: one of the two was edited"):
         rope_scaling.patch(loaded)
     rope_scaling.patch(loaded, "yarn", factor=4)
-    assert torch.equal(logits(loaded.eval()), logits(llama))
+    assert close(logits(loaded.eval()), logits(llama))
 
 
 def test_unpatched_models_save_without_a_trace(llama, tmp_path):

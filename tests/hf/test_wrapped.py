@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import logits, make_model, rotary, token_ids
+from conftest import FAMILIES, close, logits, make_model, rotary, token_ids
 
 import rope_scaling
 from cases import arguments_of
@@ -19,20 +19,20 @@ def test_peft_patched_before_or_after_wrapping(tmp_path):
     rope_scaling.patch(after, "yarn", factor=4)
     torch.manual_seed(1)
     before = get_peft_model(rope_scaling.patch(make_model("llama"), "yarn", factor=4), lora)
-    assert torch.equal(logits(after), logits(before))
+    assert close(logits(after), logits(before))
     assert not torch.equal(logits(after), plain)
 
     merged = after.merge_and_unload()
     merged.save_pretrained(tmp_path)
     loaded = type(merged).from_pretrained(tmp_path).eval()
-    assert torch.allclose(logits(loaded), logits(merged), atol=1e-6)
+    assert close(logits(loaded), logits(merged))
 
 
 def test_accelerate_prepared():
     from accelerate import Accelerator
 
     prepared = Accelerator(cpu=True).prepare(make_model("llama"))
-    assert torch.equal(logits(rope_scaling.patch(prepared, "yarn", factor=4)), _expected())
+    assert close(logits(rope_scaling.patch(prepared, "yarn", factor=4)), _expected())
 
 
 def test_accelerate_dispatched_with_offload(tmp_path):
@@ -43,13 +43,13 @@ def test_accelerate_dispatched_with_offload(tmp_path):
     model = dispatch_model(
         model, devices | {"model": "disk"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
     )
-    assert torch.equal(logits(rope_scaling.patch(model, "yarn", factor=4)), _expected())
+    assert close(logits(rope_scaling.patch(model, "yarn", factor=4)), _expected())
 
 
 def test_wrapped_in_another_module():
     wrapper = torch.nn.Sequential(make_model("llama"))
     rope_scaling.patch(wrapper, "yarn", factor=4)
-    assert torch.equal(logits(wrapper[0]), _expected())
+    assert close(logits(wrapper[0]), _expected())
     assert wrapper[0].config.rope_parameters["rope_type"] == "yarn"
 
 
@@ -91,3 +91,27 @@ def test_compiled_models_take_a_new_patch():
     logits(compiled, use_cache=False)
     rope_scaling.patch(compiled, "yarn", factor=4)
     assert torch.allclose(logits(compiled, use_cache=False), _expected(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Llava"])
+def test_the_text_decoder_of_a_vision_language_model(family, tmp_path):
+    import transformers
+
+    kind = {"Gemma3": "gemma3_text", "Llava": "llama"}[family]
+    text = FAMILIES["gemma3" if family == "Gemma3" else "llama"][1]
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    vision |= {"model_type": "clip_vision_model", "projection_dim": 16} if family == "Llava" else {}
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text | {"model_type": kind}, vision_config=vision, image_token_index=60
+    )
+    cls = getattr(transformers, f"{family}ForConditionalGeneration")
+    torch.manual_seed(0)
+    model, ids = cls(config).eval(), token_ids(150) % 50
+    original = logits(model, ids)
+    rope_scaling.patch(model, "mrrope_pro", factor=4).save_pretrained(tmp_path)
+    patched = logits(model, ids)
+    assert not torch.equal(patched, original)
+    loaded = cls.from_pretrained(tmp_path).eval()
+    assert close(logits(loaded, ids), patched)
+    assert close(logits(rope_scaling.unpatch(loaded), ids), original)
