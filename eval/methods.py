@@ -8,8 +8,11 @@ from importlib import resources
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.frequencies import METHODS, method_class
+from rope_scaling.frequencies import METHODS, FrequencyMethod, method_class
 from rope_scaling.hf.loading import DEMO
+from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.record import check_record, method_from_record
+from rope_scaling.hf.rotary import rotary_slots
 
 
 UNPATCHED = "unpatched"
@@ -22,8 +25,25 @@ class MethodSpec:
     """A method to evaluate: how it is called in tables, and what goes to `patch`."""
 
     label: str
-    name: str
+    method: str | FrequencyMethod
     arguments: dict[str, Any]
+
+    def patch_arguments(self, factor: float) -> dict[str, Any]:
+        """Keyword arguments for `patch`, with `factor` unless the method brings its own extent."""
+        if isinstance(self.method, str) and not {"factor", "target_length"} & self.arguments.keys():
+            return {**self.arguments, "factor": factor}
+        return self.arguments
+
+
+def saved_method(model: Any) -> MethodSpec | None:
+    """The method that a model was saved with, or `None`; `unpatch` then gives the model that it was made from."""
+    record = getattr(rotary_slots(model)[0].config, RECORD_KEY, None)
+    if record is None:
+        return None
+    method = method_from_record(check_record(record)["method"])
+    extent = {"target_length": record["target_length"], "layer_types": record["layer_types"]}
+    original = record["original_max_position_embeddings"]
+    return MethodSpec(f"saved {method.name}", method, extent | {"original_max_position_embeddings": original})
 
 
 def parse_method(text: str) -> MethodSpec:

@@ -96,14 +96,14 @@ def evaluate(
     check_static(model)
     for spec in methods:
         # Anything wrong with a method shows before the first is measured.
-        with patched(model, spec.name, factor=config.factor, **spec.arguments):
+        with patched(model, spec.method, **spec.patch_arguments(config.factor)):
             pass
     store = _Store(output, config, documents)
     plain = _measure_curves(model, documents.items, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
     cropped = _measure_cropping(model, documents.items, plain, config, store, progress)
     measured = [plain, cropped]
     for spec in methods:
-        with patched(model, spec.name, factor=config.factor, **spec.arguments):
+        with patched(model, spec.method, **spec.patch_arguments(config.factor)):
             measured.append(_measure_curves(model, documents.items, spec, config, store, progress))
     shared = {"schema": SCHEMA, "task": "perplexity", **_settings(config, documents), "versions": environment()}
     rows = [
@@ -127,6 +127,7 @@ def _measure_curves(
     facts = {
         "method": spec.label,
         "arguments": spec.arguments,
+        "in_effect": slot.method,
         "target_length": slot.target_length,
         "attention_factor": slot.attention_factor,
         "frequencies_sha256": frequencies_sha256(model),

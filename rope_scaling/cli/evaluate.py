@@ -47,10 +47,16 @@ def run(
 
     from rope_scaling.hf.describe import read_description
     from rope_scaling.hf.loading import load_model, load_tokenizer
+    from rope_scaling.hf.patch import unpatch
 
     logging.disable_progress_bar()
-    specs = [named.parse_method(text) for text in methods] if methods else named.default_methods(model)
+    specs = [named.parse_method(text) for text in methods or ()]
     loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
+    if saved := named.saved_method(loaded):
+        # The baselines are those of the model that the patch was made for, with the weights it has now.
+        unpatch(loaded)
+        specs = [saved, *specs]
+    specs = specs or named.default_methods(model)
     trained = max(slot.reach for slot in read_description(loaded).slots)
     tokens = parse_lengths(lengths, trained)
     runner.check_lengths(tokens)

@@ -106,7 +106,7 @@ def describe(
     skeleton = load_skeleton(model)
     if method is not None:
         spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
-        patch(skeleton, spec.name, factor=factor, target_length=target_length, **spec.arguments)
+        patch(skeleton, spec.method, **{"factor": factor, "target_length": target_length, **spec.arguments})
     elif factor is not None or target_length is not None:
         raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
     describe_model(skeleton, pairs=pairs)

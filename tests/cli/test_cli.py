@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 
+import rope_scaling
 from rope_scaling import METHODS
 from rope_scaling.cli.main import main
 from rope_scaling.hf.loading import load_tokenizer
@@ -65,6 +66,25 @@ def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path):
     assert rows[0]["lengths"] == [64, 128, 256] and rows[0]["factor"] == 4.0
     for word in ("unpatched", "cropping", "yarn", "linear", "(2x,4x]", "trained length 64"):
         assert word in done.stdout
+
+
+def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_from(folder, text, tmp_path):
+    model = rope_scaling.patch(make_model("llama", vocab_size=4096), "resonance", wrapped="yarn", factor=2)
+    model.save_pretrained(tmp_path / "saved")
+    load_tokenizer("demo").save_pretrained(tmp_path / "saved")
+    rows = {}
+    for name, method in ((folder, ["--method", "yarn:factor=2"]), (tmp_path / "saved", [])):
+        out = tmp_path / "out" / Path(name).name
+        done = run("evaluate", "--model", name, *method, "--data", text, "--output", out, "--lengths", "1x,2x")
+        assert done.returncode == 0, done.stderr
+        rows[name] = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    plain, saved = rows.values()
+    assert [row["method"] for row in saved[::5]] == ["unpatched", "cropping", "saved resonance"]
+    assert saved[-1]["in_effect"] == "resonance(wrapped=yarn(factor=2))"
+    assert saved[-1]["target_length"] == 128
+    for one, other in zip(plain[:5], saved[:5], strict=True):
+        assert one["nll"] == pytest.approx(other["nll"], abs=1e-6)
+        assert one["frequencies_sha256"] == other["frequencies_sha256"]
 
 
 def test_methods_fit_one_screen():

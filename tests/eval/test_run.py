@@ -233,7 +233,7 @@ def test_bad_lengths(lengths, message):
 
 def test_method_texts():
     spec = parse_method("yarn:beta_fast=16,truncate=false")
-    assert (spec.name, spec.arguments) == ("yarn", {"beta_fast": 16, "truncate": False})
+    assert (spec.method, spec.arguments) == ("yarn", {"beta_fast": 16, "truncate": False})
     assert parse_method("resonance:wrapped=yarn").arguments == {"wrapped": "yarn"}
     assert parse_method('longrope:{"long_factor": [1, 2]}').arguments == {"long_factor": [1, 2]}
     with pytest.raises(RopeScalingError, match="no JSON object"):
@@ -244,9 +244,17 @@ def test_method_texts():
         parse_method("yarn:beta_fast")
 
 
+def test_a_method_may_bring_its_own_factor():
+    assert parse_method("yarn").patch_arguments(8.0) == {"factor": 8.0}
+    assert parse_method("yarn:factor=2").patch_arguments(8.0) == {"factor": 2}
+    assert parse_method("yarn:target_length=128").patch_arguments(8.0) == {"target_length": 128}
+    rows, _ = evaluate(make_model("llama"), make_documents(), [parse_method("yarn:factor=2")], make_config())
+    assert find(rows, "yarn:factor=2", 64, 128)["in_effect"] == "yarn(factor=2)"
+
+
 def test_every_method_is_swept_by_default():
-    assert {spec.name for spec in default_methods("demo")} == set(rope_scaling.METHODS)
-    assert {spec.name for spec in default_methods("other")} == set(rope_scaling.METHODS) - {"longrope"}
+    assert {spec.method for spec in default_methods("demo")} == set(rope_scaling.METHODS)
+    assert {spec.method for spec in default_methods("other")} == set(rope_scaling.METHODS) - {"longrope"}
 
 
 def test_tables_and_plot(finished, tmp_path):
