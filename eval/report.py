@@ -78,7 +78,7 @@ def difference_text(row: dict[str, Any]) -> str:
 def conditions(rows: list[dict[str, Any]]) -> str:
     """One line that says under which conditions the numbers hold."""
     row = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items()))
     count = max(r["documents"] for r in rows)
     return (
         f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, {count} documents "
