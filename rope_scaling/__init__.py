@@ -1,4 +1,4 @@
-"""Reads further: patch, fine-tune and evaluate RoPE language models of Transformers beyond their trained length."""
+"""Makes RoPE language models of Transformers read beyond their trained length, and measures how far they do."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from rope_scaling.errors import RopeScalingError
 
 app = typer.Typer(
     name="rope-scaling",
-    help="Patch, fine-tune and evaluate RoPE language models beyond their trained length.",
+    help="Patch RoPE language models to read beyond their trained length, and measure how far they do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,7 +54,7 @@ def evaluate(
     pieces: Annotated[
         bool, typer.Option(help="Cut each text into documents of the longest length, in place of its start only.")
     ] = False,
-    max_documents: Annotated[Optional[int], typer.Option(help="Stop after that many documents.")] = None,
+    max_documents: Annotated[Optional[int], typer.Option(help="Stop after that many documents.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     chunk_size: Annotated[int, typer.Option(help="Tokens of a forward call.", min=1)] = 2048,

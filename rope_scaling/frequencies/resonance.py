@@ -45,5 +45,9 @@ class Resonance(FrequencyMethod):
         inv_freq, attention_factor = (
             self.wrapped.frequencies(geometry) if self.wrapped else (default_inv_freq(geometry), 1.0)
         )
-        wavelengths = (2 * math.pi / inv_freq).round()
-        return 2 * math.pi / wavelengths, attention_factor
+        return whole_wavelengths(inv_freq), attention_factor
+
+
+def whole_wavelengths(inv_freq: torch.Tensor) -> torch.Tensor:
+    """Frequencies whose wavelengths are the given ones rounded to whole tokens; 0 stays 0."""
+    return 2 * math.pi / (2 * math.pi / inv_freq).round()

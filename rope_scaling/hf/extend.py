@@ -10,6 +10,7 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.frequencies.base import longrope_parameters
+from rope_scaling.frequencies.resonance import Resonance, whole_wavelengths
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.pretrained import Pretrained, changed_fields, config_with, factor_of, host_frequencies
 from rope_scaling.hf.rotary import Slot
@@ -49,9 +50,8 @@ def target_length(pretrained: Pretrained, method: FrequencyMethod, given: int | 
         )
     if factor > 1 and abs(given - pretrained.reach * factor) >= 1:
         raise RopeScalingError(
-            f"`target_length` is {given}, but the method's factor {factor:g} times {pretrained.reach} tokens "
-            f"is {derived}. "
-            "Give one of the two."
+            f"`target_length` is {given}, but the method's factor {factor:g} times {pretrained.reach} tokens is "
+            f"{derived}. Give one of the two."
         )
     return given
 
@@ -105,12 +105,15 @@ def _closed_form(
     length, reach = geometry.original_max_position_embeddings, pretrained.reach
     if arrived is None:
         inv_freq, attention_factor = method.frequencies(geometry)
-        return (
-            inv_freq,
-            attention_factor,
-            method.rope_parameters(geometry),
-            f"{method.name} over {length} trained tokens",
+        arithmetic = f"{method.name} over {length} trained tokens"
+        return inv_freq, attention_factor, method.rope_parameters(geometry), arithmetic
+    if isinstance(method, Resonance):
+        # Rounding comes last, or the wavelengths would not be whole.
+        kept = pretrained.inv_freq.double(), pretrained.attention_factor, None, f"arrived with {arrived.name}; kept"
+        inv_freq, attention_factor, _, arithmetic = (
+            _closed_form(pretrained, method.wrapped) if method.wrapped else kept
         )
+        return whole_wavelengths(inv_freq), attention_factor, None, f"{arithmetic}; wavelengths rounded"
     if type(arrived) is type(method) and hasattr(method, "factor") and method.name != "longrope":
         before, more = factor_of(arrived), factor_of(method)
         merged = replace(arrived, **{**changed_fields(method), "factor": before * more})

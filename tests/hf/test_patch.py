@@ -229,6 +229,13 @@ def test_another_method_keeps_what_was_there_and_multiplies():
     assert torch.equal(frequencies(model), arrived)
 
 
+@pytest.mark.parametrize("wrapped", [{}, {"wrapped": "llama3", "factor": 2}, {"wrapped": "ntk", "factor": 2}])
+def test_resonance_rounds_last_on_a_model_that_arrives_scaled(wrapped):
+    model = rope_scaling.patch(make_model("llama3.1"), "resonance", **wrapped)
+    wavelengths = 2 * torch.pi / frequencies(model).double()
+    assert torch.allclose(wavelengths, wavelengths.round(), rtol=1e-6)
+
+
 def test_arrived_fields_are_kept_unless_given():
     parameters = {**FAMILIES["qwen2-yarn"][1]["rope_parameters"], "beta_fast": 16.0}
     model = rope_scaling.patch(make_model("qwen2-yarn", rope_parameters=parameters), "yarn", factor=2)
