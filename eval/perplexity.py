@@ -49,6 +49,7 @@ def nll_curve(model: Any, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
         ).logits
         targets = ids[:, start + 1 : end + 1]
         losses.append(_cross_entropy(logits.flatten(0, 1), targets.flatten()).view(rows, -1).cpu())
+        del logits  # or they would stand beside the next chunk's
     return torch.cat(losses, dim=1)
 
 
