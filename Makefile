@@ -33,7 +33,7 @@ real: $(VENV)/.dev ## the real model's table: 16k tokens, about three minutes a 
 	$(BIN)/rope-scaling evaluate --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct \
 		--data python-reference --pieces --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
 		--method linear --method ntk --method yarn --method mrrope_pro \
-		--dtype bfloat16 --output docs/results/smollm2-135m
+		--dtype bfloat16 --output runs/smollm2-135m
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
 
 smoke: $(VENV)/.dev ## the wheel, built and used from an empty folder

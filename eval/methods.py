@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, dataclass, fields
+from hashlib import sha256
 from importlib import resources
 from typing import Any
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies import METHODS, FrequencyMethod, method_class
 from rope_scaling.hf.loading import DEMO
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -18,6 +19,8 @@ from rope_scaling.hf.rotary import rotary_slots
 UNPATCHED = "unpatched"
 CROPPING = "cropping"
 """The two baselines of every table."""
+
+_LONGEST_LABEL = 40
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,24 @@ def parse_method(text: str) -> MethodSpec:
         RopeScalingError: the name is unknown, or what follows it is in neither form.
     """
     name, _, rest = text.partition(":")
-    method_class(name)
+    known = [field.name for field in fields(method_class(name))]
+    arguments = _json_arguments(text, rest) if rest.startswith("{") else _plain_arguments(text, rest)
+    for taken in {"model", "method"} & arguments.keys():  # what `patch` itself calls its first two
+        raise unknown_name(f"argument of {name!r}:", taken, known)
+    # A long list of factors is no name for a line of a table.
+    short = len(text) <= _LONGEST_LABEL
+    return MethodSpec(text if short else f"{name}:{sha256(text.encode()).hexdigest()[:6]}", name, arguments)
+
+
+def _json_arguments(text: str, rest: str) -> dict[str, Any]:
+    try:
+        return json.loads(rest)
+    except json.JSONDecodeError as error:
+        raise RopeScalingError(f"Method {text!r}: what follows the name is no JSON object: {error}.") from error
+
+
+def _plain_arguments(text: str, rest: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    if rest.startswith("{"):
-        try:
-            return MethodSpec(name, name, json.loads(rest))
-        except json.JSONDecodeError as error:
-            raise RopeScalingError(f"Method {text!r}: what follows the name is no JSON object: {error}.") from error
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
@@ -70,28 +84,31 @@ def parse_method(text: str) -> MethodSpec:
             arguments[key] = json.loads(value)
         except json.JSONDecodeError:
             arguments[key] = value
-    return MethodSpec(text, name, arguments)
+    return arguments
 
 
-def default_methods(model: str) -> list[MethodSpec]:
+def default_methods(model: str, factor: float) -> list[MethodSpec]:
     """Every method that needs no more than a factor, and those that wrap or need a list with values that suit.
 
     Args:
         model (`str`): Name of the model; the embedded one comes with LongRoPE factors searched for it.
+        factor (`float`): What the methods will be patched with; those LongRoPE factors are for one factor alone.
     """
     specs = []
     for name, cls in METHODS.items():
         needed = {field.name for field in fields(cls) if field.default is MISSING} - {"factor"}
         if name == "resonance":
             specs.append(MethodSpec("resonance(yarn)", name, {"wrapped": "yarn"}))
-        elif name == "longrope" and model == DEMO:
-            specs.append(MethodSpec(name, name, {"long_factor": demo_longrope_factors()}))
+        elif name == "longrope":
+            searched = demo_longrope()
+            if model == DEMO and factor == searched["factor"]:
+                specs.append(MethodSpec(name, name, {"long_factor": searched["long_factor"]}))
         elif not needed:
             specs.append(MethodSpec(name, name, {}))
     return specs
 
 
-def demo_longrope_factors() -> list[float]:
-    """LongRoPE factors of the embedded model for 8x, found by `recipes/search_longrope.py`."""
+def demo_longrope() -> dict[str, Any]:
+    """LongRoPE factors of the embedded model and the factor they are for, found by `recipes/search_longrope.py`."""
     file = resources.files("rope_scaling.demo") / "longrope.json"
-    return json.loads(file.read_text(encoding="utf-8"))["long_factor"]
+    return json.loads(file.read_text(encoding="utf-8"))

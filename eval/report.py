@@ -60,7 +60,7 @@ def _by_method(
 
 
 def perplexity_text(nll: float) -> str:
-    """Perplexity with three significant figures or two decimals."""
+    """Perplexity with two decimals, or fewer digits where it is large."""
     value = math.exp(min(nll, 700))
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
 
@@ -81,10 +81,9 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items()))
     count = max(r["documents"] for r in rows)
     return (
-        f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, {count} documents "
-        f"of {row['data']} "
-        f"({row['documents_sha256']}), {row['dtype']} on {row['device']}, chunks of {row['chunk_size']} "
-        f"tokens; {versions}"
+        f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, "
+        f"{count} documents of {row['data']} ({row['documents_sha256']}), {row['dtype']} on {row['device']}, "
+        f"chunks of {row['chunk_size']} tokens; {versions}"
     )
 
 
@@ -116,10 +115,7 @@ def print_tables(rows: list[dict[str, Any]], console: Any) -> None:
 def _titled(rows: list[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     return [
         (f"Perplexity by position, 1x = {rows[0]['trained_length']} tokens", perplexity_table(rows)),
-        (
-            "Difference to unpatched on the same tokens, nats a token, 95% interval",
-            difference_table(rows),
-        ),
+        ("Difference to unpatched on the same tokens, nats a token, 95% interval", difference_table(rows)),
     ]
 
 
@@ -127,8 +123,8 @@ def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title:
     """Loss against position, one line a method, on a logarithmic axis of positions.
 
     Args:
-        curves (`dict` of label to list of `np.ndarray`): Loss at every position in nats, one array a document, `[T -
-        1]`. trained_length (`int`): Marked by a vertical line, in tokens.
+        curves (`dict` of label to list of `np.ndarray`): Loss at every position, one array `[T - 1]` a document.
+        trained_length (`int`): Marked by a vertical line, in tokens.
         title (`str`): Written above the plot.
         path (`Path`): PNG to write.
     """

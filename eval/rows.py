@@ -48,6 +48,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Bucket and prefix measurements of one method, paired with the unpatched model on the same tokens.
 
+    A document that ends inside a bucket or prefix stays out of it, so that all positions weigh alike.
+
     Args:
         curves (list of `np.ndarray`): Curves of the method, one a document, `[T - 1]`.
         reference (list of `np.ndarray`): Those of the unpatched model, of the same lengths.

@@ -20,7 +20,9 @@ from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec
 from rope_scaling.eval.perplexity import check_static, cropped_nll_curve, nll_curve
 from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256, measure, write_atomically, write_rows
 from rope_scaling.hf.describe import read_description
-from rope_scaling.hf.patch import patched
+from rope_scaling.hf.patch import applied_patch, patched
+from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.rotary import rotary_slots
 
 
 Progress = Callable[[str, int], None]
@@ -94,6 +96,15 @@ def evaluate(
     """
     check_lengths(config.lengths)
     check_static(model)
+    slots = rotary_slots(model)
+    if applied_patch(slots) is not None or hasattr(slots[0].config, RECORD_KEY):
+        raise RopeScalingError(
+            "This model is patched, so it cannot be its own baseline. Give the unpatched one (`unpatch(model)`), and "
+            "the patch among the methods."
+        )
+    labels = [UNPATCHED, CROPPING, *(spec.label for spec in methods)]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise RopeScalingError(f"Each method may stand in a table once; given twice: {', '.join(sorted(twice))}.")
     for spec in methods:
         # Anything wrong with a method shows before the first is measured.
         with patched(model, spec.method, **spec.patch_arguments(config.factor)):
@@ -189,6 +200,12 @@ def _settings(config: EvaluationConfig, documents: Documents) -> dict[str, Any]:
         "documents_sha256": hashlib.sha256(hashes.encode()).hexdigest()[:16],
         "documents_skipped": documents.skipped,
     }
+
+
+def settings_sha256(config: EvaluationConfig, documents: Documents) -> str:
+    """A name for a run: runs of equal settings and versions share it, 8 hexadecimal digits."""
+    settings = {**_settings(config, documents), "versions": environment()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class _SavedCurves:

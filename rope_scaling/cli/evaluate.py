@@ -56,7 +56,6 @@ def run(
         # The baselines are those of the model that the patch was made for, with the weights it has now.
         unpatch(loaded)
         specs = [saved, *specs]
-    specs = specs or named.default_methods(model)
     trained = max(slot.reach for slot in read_description(loaded).slots)
     tokens = parse_lengths(lengths, trained)
     runner.check_lengths(tokens)
@@ -71,9 +70,12 @@ def run(
         chunk_size=chunk_size,
         seed=seed,
     )
+    specs = specs or named.default_methods(model, config.factor)
     sources = texts.read_texts(data, column=column, split=split, subset=subset)
     documents = texts.make_documents(sources, tokenizer, tokens, pieces=pieces, max_documents=max_documents)
-    folder = output or Path("runs") / f"evaluate-{(model_name or model).strip('./').replace('/', '--')}"
+    # Runs of other settings go to other folders, so that only a given folder can hold another run's rows.
+    name = f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, documents)}"
+    folder = output or Path("runs") / name
     rows, curves = _with_progress(runner, loaded, documents, specs, config, folder)
     _show(rows, curves, documents, folder)
 
@@ -91,7 +93,7 @@ def parse_lengths(text: str, trained_length: int) -> list[int]:
             value = float(multiple) * (trained_length if part.strip().lower().endswith("x") else 1)
         except ValueError:
             value = -1.0
-        if rest or value < 1:
+        if rest or not 1 <= value < 2**53:
             raise RopeScalingError(
                 f"`--lengths` takes numbers of tokens or multiples such as '1x,2x'; got {part!r} in {text!r}."
             )

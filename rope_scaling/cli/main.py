@@ -61,7 +61,8 @@ def evaluate(
     model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     output: Annotated[
-        Optional[Path], typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL]")
+        Optional[Path],
+        typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL-SETTINGS]"),
     ] = None,
 ) -> None:
     """Measure perplexity at every position: unpatched, cropped, and under each method."""

@@ -3,6 +3,7 @@
 import json
 import random
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,18 @@ def test_training_and_held_out_text_do_not_meet():
     assert "test/test_argparse.py" not in training
     assert len(held_out) >= 0.9 * len(corpus.held_out_names())
     assert not set(held_out.values()) & set(training.values())
+
+
+def test_the_card_has_the_retrieval_rows():
+    root = Path(__file__).parents[2]
+    card = (root / "rope_scaling" / "demo" / "model" / "README.md").read_text()
+    rows = [
+        json.loads(line) for line in (root / "benchmarks" / "results" / "retrieval.jsonl").read_text().splitlines()
+    ]
+    for method, label in (("unpatched", "unpatched"), ("yarn", "yarn, factor 8")):
+        for task in ("copy", "lookup"):
+            cells = [f"{r['correct']} of {r['asked']}" for r in rows if (r["method"], r["task"]) == (method, task)]
+            assert f"| {task}, {label} | {' | '.join(cells)} |" in card
 
 
 def test_the_card_states_the_committed_numbers():

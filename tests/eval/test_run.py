@@ -244,6 +244,25 @@ def test_method_texts():
         parse_method("yarn:beta_fast")
 
 
+def test_long_lists_get_short_names_of_their_own():
+    one, other = (parse_method(f'longrope:{{"long_factor": {[float(i + k) for i in range(8)]}}}') for k in (1, 2))
+    assert one.label != other.label and len(one.label) < 20
+
+
+def test_a_label_may_stand_in_a_table_once():
+    with pytest.raises(RopeScalingError, match="once; given twice: yarn"):
+        evaluate(make_model("llama"), make_documents(), [parse_method("yarn")] * 2, make_config())
+
+
+def test_a_patched_model_is_not_its_own_baseline(tmp_path):
+    model = rope_scaling.patch(make_model("llama"), "yarn", factor=4)
+    with pytest.raises(RopeScalingError, match=r"cannot be its own baseline. Give the unpatched one"):
+        evaluate(model, make_documents(), METHODS, make_config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RopeScalingError, match="cannot be its own baseline"):
+        evaluate(type(model).from_pretrained(tmp_path), make_documents(), METHODS, make_config())
+
+
 def test_a_method_may_bring_its_own_factor():
     assert parse_method("yarn").patch_arguments(8.0) == {"factor": 8.0}
     assert parse_method("yarn:factor=2").patch_arguments(8.0) == {"factor": 2}
@@ -253,8 +272,10 @@ def test_a_method_may_bring_its_own_factor():
 
 
 def test_every_method_is_swept_by_default():
-    assert {spec.method for spec in default_methods("demo")} == set(rope_scaling.METHODS)
-    assert {spec.method for spec in default_methods("other")} == set(rope_scaling.METHODS) - {"longrope"}
+    assert {spec.method for spec in default_methods("demo", 8.0)} == set(rope_scaling.METHODS)
+    assert {spec.method for spec in default_methods("other", 8.0)} == set(rope_scaling.METHODS) - {"longrope"}
+    # The embedded model's LongRoPE factors were searched for 8x, and are not passed off as those of 4x.
+    assert "longrope" not in {spec.method for spec in default_methods("demo", 4.0)}
 
 
 def test_tables_and_plot(finished, tmp_path):
