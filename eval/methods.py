@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+import math
+import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib import resources
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError, unknown_name
-from rope_scaling.frequencies import METHODS, FrequencyMethod, method_class
+from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.loading import DEMO
+from rope_scaling.hf.patch import patched
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record, method_from_record
 from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.methods import METHODS, Method, make_method, method_class, required_fields
+from rope_scaling.temperatures import Temperature
 
 
 UNPATCHED = "unpatched"
@@ -21,21 +27,43 @@ CROPPING = "cropping"
 """The two baselines of every table."""
 
 _LONGEST_LABEL = 40
+_TOGETHER = re.compile(r"\+(?=[a-z_]\w*(?:[:+]|$))")
+"""A `+` before the name of a method, and not within a number."""
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method to evaluate: how it is called in tables, and what goes to `patch`."""
+    """A method, or several that go together, to evaluate: how it is called in tables, and what goes to `patch`."""
 
     label: str
-    method: str | FrequencyMethod
+    method: str | tuple[Method | tuple[str, dict[str, Any]], ...]
+    """A name, or method objects and names with their arguments."""
     arguments: dict[str, Any]
+    """Of the name, or beside the objects."""
+
+    def patched(self, model: Any, factor: float) -> AbstractContextManager[Any]:
+        """The model under this method, with `factor` for those that are made for one and bring none."""
+        return patched(model, *self.methods(factor), **self.patch_arguments(factor))
+
+    def methods(self, factor: float) -> list[Any]:
+        """What `patch` takes as methods."""
+        if isinstance(self.method, str):
+            return [self.method]
+        return [_made(part, factor) if isinstance(part, tuple) else part for part in self.method]
 
     def patch_arguments(self, factor: float) -> dict[str, Any]:
-        """Keyword arguments for `patch`, with `factor` unless the method brings its own extent."""
+        """Keyword arguments for `patch`, with `factor` unless the method brings its own extent or needs none."""
         if isinstance(self.method, str) and not {"factor", "target_length"} & self.arguments.keys():
-            return {**self.arguments, "factor": factor}
+            cls = method_class(self.method)
+            if issubclass(cls, FrequencyMethod) or "factor" in required_fields(cls):
+                return {**self.arguments, "factor": factor}
         return self.arguments
+
+
+def _made(part: tuple[str, dict[str, Any]], factor: float) -> Method:
+    name, arguments = part
+    known = {field.name for field in fields(method_class(name))}
+    return make_method(name, **({"factor": factor} if "factor" in known else {}) | arguments)
 
 
 def saved_method(model: Any) -> MethodSpec | None:
@@ -43,26 +71,34 @@ def saved_method(model: Any) -> MethodSpec | None:
     record = getattr(rotary_slots(model)[0].config, RECORD_KEY, None)
     if record is None:
         return None
-    method = method_from_record(check_record(record)["method"])
+    methods = tuple(method_from_record(one) for one in check_record(record)["methods"])
     extent = {"target_length": record["target_length"], "layer_types": record["layer_types"]}
     original = record["original_max_position_embeddings"]
-    return MethodSpec(f"saved {method.name}", method, extent | {"original_max_position_embeddings": original})
+    label = "+".join(method.name or type(method).__name__ for method in methods)
+    return MethodSpec(f"saved {label}", methods, extent | {"original_max_position_embeddings": original})
 
 
 def parse_method(text: str) -> MethodSpec:
     """Reads `name`, `name:field=value,field=value` with JSON values, or `name:{...}` with a JSON object of fields.
+    Several that go together are joined by `+`, as in `self_extend:group_size=8+log_n`.
 
     Raises:
-        RopeScalingError: the name is unknown, or what follows it is in neither form.
+        RopeScalingError: a name is unknown, or what follows it is in neither form.
     """
+    # A long list of factors is no name for a line of a table.
+    names = "+".join(part.partition(":")[0] for part in _TOGETHER.split(text))
+    label = text if len(text) <= _LONGEST_LABEL else f"{names}:{sha256(text.encode()).hexdigest()[:6]}"
+    parts = tuple(_parse_part(part) for part in _TOGETHER.split(text))
+    return MethodSpec(label, *parts[0]) if len(parts) == 1 else MethodSpec(label, parts, {})
+
+
+def _parse_part(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     known = [field.name for field in fields(method_class(name))]
     arguments = _json_arguments(text, rest) if rest.startswith("{") else _plain_arguments(text, rest)
     for taken in {"model", "method"} & arguments.keys():  # what `patch` itself calls its first two
         raise unknown_name(f"argument of {name!r}:", taken, known)
-    # A long list of factors is no name for a line of a table.
-    short = len(text) <= _LONGEST_LABEL
-    return MethodSpec(text if short else f"{name}:{sha256(text.encode()).hexdigest()[:6]}", name, arguments)
+    return name, arguments
 
 
 def _json_arguments(text: str, rest: str) -> dict[str, Any]:
@@ -95,15 +131,18 @@ def default_methods(model: str, factor: float) -> list[MethodSpec]:
         factor (`float`): What the methods will be patched with; those LongRoPE factors are for one factor alone.
     """
     specs = []
+    searched = demo_longrope() if model == DEMO else {}
     for name, cls in METHODS.items():
-        needed = {field.name for field in fields(cls) if field.default is MISSING} - {"factor"}
+        needed = set(required_fields(cls)) - {"factor"}
         if name == "resonance":
             specs.append(MethodSpec("resonance(yarn)", name, {"wrapped": "yarn"}))
-        elif name == "longrope":
-            searched = demo_longrope()
-            if model == DEMO and factor == searched["factor"]:
+        elif "long_factor" in needed:
+            if factor == searched.get("factor"):
                 specs.append(MethodSpec(name, name, {"long_factor": searched["long_factor"]}))
-        elif not needed:
+        elif name == "self_extend":
+            # Groups that reach the longest length: G (L0 - w) + w with the default window of half the trained length.
+            specs.append(MethodSpec(name, name, {"group_size": max(math.ceil(2 * factor), 2)}))
+        elif not needed and not issubclass(cls, Temperature):
             specs.append(MethodSpec(name, name, {}))
     return specs
 

@@ -20,7 +20,7 @@ from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec
 from rope_scaling.eval.perplexity import check_static, cropped_nll_curve, nll_curve
 from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256, measure, write_atomically, write_rows
 from rope_scaling.hf.describe import read_description
-from rope_scaling.hf.patch import applied_patch, patched
+from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.rotary import rotary_slots
 
@@ -107,14 +107,14 @@ def evaluate(
         raise RopeScalingError(f"Each method may stand in a table once; given twice: {', '.join(sorted(twice))}.")
     for spec in methods:
         # Anything wrong with a method shows before the first is measured.
-        with patched(model, spec.method, **spec.patch_arguments(config.factor)):
+        with spec.patched(model, config.factor):
             pass
     store = _Store(output, config, documents)
     plain = _measure_curves(model, documents.items, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
     cropped = _measure_cropping(model, documents.items, plain, config, store, progress)
     measured = [plain, cropped]
     for spec in methods:
-        with patched(model, spec.method, **spec.patch_arguments(config.factor)):
+        with spec.patched(model, config.factor):
             measured.append(_measure_curves(model, documents.items, spec, config, store, progress))
     shared = {"schema": SCHEMA, "task": "perplexity", **_settings(config, documents), "versions": environment()}
     rows = [
@@ -137,7 +137,7 @@ def _measure_curves(
     slot = read_description(model).slots[0]
     facts = {
         "method": spec.label,
-        "arguments": spec.arguments,
+        "arguments": spec.arguments if isinstance(spec.method, str) else {"together": spec.label, **spec.arguments},
         "in_effect": slot.method,
         "target_length": slot.target_length,
         "attention_factor": slot.attention_factor,

@@ -15,6 +15,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def seeds(geometry: RopeGeometry, factor: float) -> list[list[float]]:
     """Factors that the closed forms amount to."""
-    methods = [make_method(name, factor=factor) for name in SEEDS]
+    methods: list[Any] = [make_method(name, factor=factor) for name in SEEDS]
     return [(default_inv_freq(geometry) / method.frequencies(geometry)[0]).tolist() for method in methods]
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import (
-    METHODS,
     Abf,
     ClippedFrequency,
     DroPe,
@@ -25,13 +24,36 @@ from rope_scaling.frequencies import (
     Resonance,
     Truncated,
     Yarn,
-    make_method,
 )
 from rope_scaling.geometry import RopeGeometry, default_inv_freq
+from rope_scaling.methods import METHODS, make_method
+from rope_scaling.relative import relative_positions
+from rope_scaling.spans import (
+    Alternating,
+    AngleClip,
+    DualChunk,
+    DynamicLinear,
+    DynamicLongRope,
+    DynamicNtk,
+    DynamicYarn,
+    LeakyReRope,
+    LmInfinite,
+    ReRope,
+    Rope,
+    SelfExtend,
+    SlidingWindow,
+    Span,
+    SpanMethod,
+    Streaming,
+    String,
+    WavePrune,
+)
+from rope_scaling.temperatures import Constant, Llama4, LogN, Temperature
 
 
 if TYPE_CHECKING:
     from rope_scaling.hf.describe import describe
+    from rope_scaling.hf.loading import from_pretrained
     from rope_scaling.hf.patch import patch, patched, unpatch
 
 
@@ -42,6 +64,7 @@ from rope_scaling.version import __version__ as __version__
 # torch.
 _LAZY = {
     "describe": "rope_scaling.hf.describe",
+    "from_pretrained": "rope_scaling.hf.loading",
     "patch": "rope_scaling.hf.patch",
     "patched": "rope_scaling.hf.patch",
     "unpatch": "rope_scaling.hf.patch",
@@ -50,11 +73,23 @@ _LAZY = {
 __all__ = [
     "METHODS",
     "Abf",
+    "Alternating",
+    "AngleClip",
     "ClippedFrequency",
+    "Constant",
     "DroPe",
+    "DualChunk",
+    "DynamicLinear",
+    "DynamicLongRope",
+    "DynamicNtk",
+    "DynamicYarn",
     "FrequencyMethod",
+    "LeakyReRope",
     "Linear",
     "Llama3",
+    "Llama4",
+    "LmInfinite",
+    "LogN",
     "LongRope",
     "MrRopePro",
     "MrRopeUni",
@@ -63,16 +98,28 @@ __all__ = [
     "NtkMixed",
     "PRope",
     "Power",
+    "ReRope",
     "Resonance",
+    "Rope",
     "RopeGeometry",
     "RopeScalingError",
+    "SelfExtend",
+    "SlidingWindow",
+    "Span",
+    "SpanMethod",
+    "Streaming",
+    "String",
+    "Temperature",
     "Truncated",
+    "WavePrune",
     "Yarn",
     "default_inv_freq",
     "describe",
+    "from_pretrained",
     "make_method",
     "patch",
     "patched",
+    "relative_positions",
     "unpatch",
 ]
 

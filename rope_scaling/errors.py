@@ -48,3 +48,14 @@ def check_length(name: str, value: Any) -> int:
     ):
         raise RopeScalingError(f"`{name}` must be a whole number of tokens, at least 1; got {value!r}.")
     return int(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """`value` as a whole number, 0 or more.
+
+    Raises:
+        RopeScalingError: `value` is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RopeScalingError(f"`{name}` must be a whole number, at least 0; got {value!r}.")
+    return value

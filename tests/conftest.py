@@ -10,6 +10,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+import rope_scaling
+from cases import arguments_of
+from span_cases import SPAN_CASES, methods_of
+
 
 TRAINED_LENGTH = 64
 
@@ -78,6 +82,28 @@ def close(one, other):
 def rotary(model):
     """The rotary module of a bare model of any of the families."""
     return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+
+
+def strong(family):
+    """A random model whose attention matters: the usual tiny weights make it an average over all keys."""
+    changes = {"gemma3": {"sliding_window": 48}, "mistral": {"sliding_window": 120}}
+    return make_model(family, initializer_range=0.15, **changes.get(family, {}))
+
+
+def apply(model, case):
+    """The model under a case of a method or of several, by its name in the tables of cases."""
+    pairs = len(getattr(rotary(model), "inv_freq", getattr(rotary(model), "full_attention_inv_freq", None)))
+    if case in SPAN_CASES:
+        return rope_scaling.patch(model, *methods_of(case, pairs))
+    return rope_scaling.patch(model, case, **arguments_of(case, pairs))
+
+
+def left_padded(rows):
+    """Ids, mask and positions of texts of several lengths, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([torch.cat([torch.zeros(width - len(row)), torch.ones(len(row))]) for row in rows]).long()
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 @pytest.fixture

@@ -23,12 +23,19 @@ ALLOWED = {
     "version": set(),
     "geometry": {"errors"},
     "frequencies": {"errors", "geometry"},
-    "hf": {"errors", "frequencies", "geometry"},
+    "spans": {"errors", "frequencies", "geometry"},
+    "temperatures": {"errors"},
+    "methods": {"errors", "frequencies", "spans", "temperatures"},
+    "relative": {"errors", "geometry", "methods", "spans"},
+    "attention": {"errors", "spans"},
+    "hf": {"attention", "errors", "frequencies", "geometry", "methods", "spans", "temperatures"},
     "demo": {"errors", "hf"},
     "recipes": {"__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf"},
-    "eval": {"errors", "demo", "frequencies", "geometry", "hf", "version"},
-    "cli": {"errors", "frequencies", "hf"},
-    "__init__": {"errors", "frequencies", "geometry", "hf", "version"},
+    "eval": {"errors", "demo", "frequencies", "geometry", "hf", "methods", "temperatures", "version"},
+    "cli": {"errors", "frequencies", "hf", "methods"},
+    "__init__": {
+        *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),
+    },
 }
 HEAVY = {
     "transformers",
@@ -42,7 +49,10 @@ HEAVY = {
     "tokenizers",
     "numpy",
 }
-LIGHT_ROOMS = {"errors", "version", "geometry", "frequencies", "__init__"}
+LIGHT_ROOMS = {
+    *("errors", "version", "geometry", "frequencies", "spans", "temperatures", "methods", "relative", "attention"),
+    "__init__",
+}
 HOST_ROOMS = {"hf", "recipes", "eval", "cli"}
 
 

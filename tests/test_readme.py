@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rope_scaling import METHODS
 from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import read_rows
+from rope_scaling.frequencies import METHODS
 
 
 ROOT = Path(__file__).parents[1]

@@ -76,15 +76,14 @@ def methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rope_scaling.frequencies import METHODS
+    from rope_scaling.methods import METHODS
 
-    table = Table(title="Frequency methods", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     for heading in ("name", "what it changes", "training", "paper"):
         table.add_column(heading, no_wrap=True)
     for name, cls in METHODS.items():
-        paper = cls.paper.removeprefix("https://huggingface.co/papers/").replace(
-            "https://kexue.fm/archives/", "kexue "
-        )
+        paper = cls.paper.removeprefix("https://huggingface.co/")
+        paper = paper.removeprefix("papers/").replace("https://kexue.fm/archives/", "kexue ")
         table.add_row(name, cls.changes, cls.needs_training, paper)
     Console().print(table)
     print("\nPapers: huggingface.co/papers/NUMBER. Training: no (not needed), helps, yes (needed).")
@@ -107,7 +106,8 @@ def describe(
     skeleton = load_skeleton(model)
     if method is not None:
         spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
-        patch(skeleton, spec.method, **{"factor": factor, "target_length": target_length, **spec.arguments})
+        extent = {"factor": factor, "target_length": target_length}
+        patch(skeleton, *spec.methods(factor or 1.0), **{**extent, **spec.arguments})
     elif factor is not None or target_length is not None:
         raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
     describe_model(skeleton, pairs=pairs)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.patch import Patch, applied_patch
+from rope_scaling.hf.patch import Applied, Patch, applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, changed_fields, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
+from rope_scaling.methods import Method
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def read_description(model: nn.Module) -> Description:
         found = [_describe_unpatched(slot) for slot in slots]
         return Description(type(model).__name__, tuple(found), ())
     changes = {slot: applied.patches.get((slot.path, slot.layer_type)) for slot in slots}
-    described = tuple(_describe_patched(slot, change) for slot, change in changes.items() if change)
+    described = tuple(_describe_patched(slot, change, applied) for slot, change in changes.items() if change)
     untouched = tuple(sorted({slot.layer_type for slot, change in changes.items() if not change and slot.layer_type}))
     return Description(type(model).__name__, described, untouched)
 
@@ -119,30 +119,35 @@ def read_description(model: nn.Module) -> Description:
 def method_text(method: Any) -> str:
     """A method as one would write it: `yarn(factor=4)`; lists are shortened to their length."""
     fields = ", ".join(f"{name}={_value_text(value)}" for name, value in changed_fields(method).items())
-    return f"{method.name}({fields})"
+    return f"{method.name or type(method).__name__}({fields})"
 
 
 def _value_text(value: Any) -> str:
-    if isinstance(value, FrequencyMethod):
+    if isinstance(value, Method):
         return method_text(value)
     if isinstance(value, tuple):
         return f"<{len(value)} numbers>"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _describe_patched(slot: Slot, change: Patch) -> SlotDescription:
+def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescription:
     pretrained = change.pretrained
     rope_type = change.extension.rope_parameters["rope_type"]
+    program = applied.programs.get(slot.path.rpartition(".")[0])
+    reach = "" if program is None or program.reach is None else f"; reaches {program.reach} tokens"
+    reload = f"plain Transformers reloads it, as rope_type {rope_type!r}"
+    if program is not None:
+        reload = "plain Transformers refuses it; rope_scaling.from_pretrained loads it"
     return SlotDescription(
         module=slot.path,
         layer_type=slot.layer_type,
-        method=method_text(change.method),
+        method=" + ".join(method_text(method) for method in applied.methods),
         original_length=pretrained.geometry.original_max_position_embeddings,
         reach=pretrained.reach,
         target_length=change.target_length,
         attention_factor=slot.attention_factor,
-        arithmetic=change.extension.arithmetic,
-        reload=f"plain Transformers reloads it, as rope_type {rope_type!r}",
+        arithmetic=change.extension.arithmetic + reach,
+        reload=reload,
         inv_freq=slot.inv_freq,
         pretrained_inv_freq=pretrained.inv_freq,
     )
@@ -154,7 +159,8 @@ def _describe_unpatched(slot: Slot) -> SlotDescription:
     pretrained: Pretrained = read_pretrained(slot, pretrained_settings(config))
     arrived = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
     if saved_patched:
-        arrived = f"saved with {config.rope_scaling_patch['method']['name']}; `patch(model)` makes it live"
+        names = " + ".join(record["name"] for record in config.rope_scaling_patch["methods"])
+        arrived = f"saved with {names}; `patch(model)` makes it live"
     current = slot.part_of(config.rope_parameters)
     return SlotDescription(
         module=slot.path,

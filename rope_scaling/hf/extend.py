@@ -67,7 +67,7 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
         RopeScalingError: the method cannot be computed for this model, or no config could express it.
     """
     geometry = pretrained.geometry
-    inv_freq, attention_factor, native, arithmetic = _closed_form(pretrained, method)
+    inv_freq, attention_factor, native, arithmetic = closed_form(pretrained, method)
     fallback = longrope_parameters(
         geometry, inv_freq, attention_factor, length / geometry.original_max_position_embeddings
     )
@@ -90,6 +90,13 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
     )
 
 
+def as_it_arrived(pretrained: Pretrained) -> Extension:
+    """What a patch without a frequency method leaves in a slot."""
+    return Extension(
+        pretrained.inv_freq, pretrained.attention_factor, pretrained.rope_parameters, "as the model arrived"
+    )
+
+
 def matches(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether frequencies agree to float32 rounding; a pair that stands still may turn by less than 1e-30 a token."""
     return found.shape == wanted.shape and torch.allclose(
@@ -97,7 +104,7 @@ def matches(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     )
 
 
-def _closed_form(
+def closed_form(
     pretrained: Pretrained, method: FrequencyMethod
 ) -> tuple[torch.Tensor, float, dict[str, Any] | None, str]:
     """Frequencies in float64, attention factor, the native form if there is one, and the arithmetic in words."""
@@ -110,9 +117,7 @@ def _closed_form(
     if isinstance(method, Resonance):
         # Rounding comes last, or the wavelengths would not be whole.
         kept = pretrained.inv_freq.double(), pretrained.attention_factor, None, f"arrived with {arrived.name}; kept"
-        inv_freq, attention_factor, _, arithmetic = (
-            _closed_form(pretrained, method.wrapped) if method.wrapped else kept
-        )
+        inv_freq, attention_factor, _, arithmetic = closed_form(pretrained, method.wrapped) if method.wrapped else kept
         return whole_wavelengths(inv_freq), attention_factor, None, f"{arithmetic}; wavelengths rounded"
     if type(arrived) is type(method) and hasattr(method, "factor") and method.name != "longrope":
         before, more = factor_of(arrived), factor_of(method)

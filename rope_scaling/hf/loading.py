@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.record import check_record
 
 
 DEMO = "demo"
@@ -53,6 +56,37 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> torch.nn
     place = _device(device)
     model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=_DTYPES[dtype])
     return model.to(place).eval()
+
+
+def from_pretrained(name: str | Path, **arguments: Any) -> torch.nn.Module:
+    """Loads a patched model that was saved with `save_pretrained`, with the patch in effect.
+
+    What plain Transformers refuses to load, because a span method or a temperature lives in attention, this restores.
+
+    Args:
+        name (`str` or `Path`): A folder, or a hub id.
+        **arguments: As `AutoModelForCausalLM.from_pretrained` takes them (`dtype`, `device_map`, ...).
+
+    Returns:
+        `nn.Module`: the causal language model, in evaluation mode.
+
+    Raises:
+        RopeScalingError: there is no such model, or its config records no patch.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rope_scaling.hf.patch import patch
+
+    name = str(name)
+    config = arguments.pop("config", None) or _fetch(AutoConfig.from_pretrained, name)
+    record = getattr(config, RECORD_KEY, None)
+    if record is None:
+        raise RopeScalingError(
+            f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
+        )
+    for key, value in check_record(record)["pretrained"].items():
+        setattr(config, key, copy.deepcopy(value))
+    return patch(_fetch(AutoModelForCausalLM.from_pretrained, name, config=config, **arguments).eval())
 
 
 def load_skeleton(name: str) -> torch.nn.Module:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,18 +16,22 @@ from transformers import PreTrainedConfig
 from rope_scaling.errors import RopeScalingError, check_length
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.extend import Extension, extend, matches, target_length
+from rope_scaling.hf.attention import SpanProgram, install, installed, remove
+from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
+from rope_scaling.hf.loud import ACTIVATION_KEY, fail_in_plain_transformers
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, host_frequencies, pretrained_settings, read_pretrained
+from rope_scaling.hf.programs import make_programs
 from rope_scaling.hf.record import check_record, make_record, method_from_record
-from rope_scaling.hf.resolve import choose_slots, resolve_method
+from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
+from rope_scaling.methods import Method
 
 
 @dataclass(frozen=True)
 class Patch:
     """What `patch` did to one slot; `describe` reads it."""
 
-    method: FrequencyMethod
+    method: FrequencyMethod | None
     target_length: int
     pretrained: Pretrained
     extension: Extension
@@ -41,15 +45,18 @@ class Applied:
     """By path of the module and layer type."""
     config_before: dict[str, Any]
     """Attributes of the config before the patch; those it did not have are absent."""
+    methods: tuple[Method, ...] = ()
+    """All of it, the frequency method first."""
+    programs: dict[str, SpanProgram] = field(default_factory=dict)
+    """What attention does other than the model's, by path of the decoder."""
 
 
-_CONFIG_ATTRIBUTES = ("rope_parameters", "max_position_embeddings", RECORD_KEY)
+_CONFIG_ATTRIBUTES = ("rope_parameters", "max_position_embeddings", ACTIVATION_KEY, RECORD_KEY)
 
 
 def patch(
     model: nn.Module,
-    method: str | FrequencyMethod | Sequence[FrequencyMethod] | None = None,
-    *,
+    *method: str | Method | Sequence[Method],
     factor: float | None = None,
     target_length: int | None = None,
     original_max_position_embeddings: int | None = None,
@@ -60,17 +67,22 @@ def patch(
 
     ```python
     rope_scaling.patch(model, "yarn", factor=4)
+    rope_scaling.patch(model, Yarn(factor=2), SlidingWindow(window=1024, num_sinks=4))
     ```
 
-    The model's frequencies, its config and so everything that `save_pretrained` writes change together; plain
-    Transformers loads the result to the same logits. A model that is patched already is first taken back to its
-    pretrained frequencies. A model that arrives scaled is extended from there (see `describe` for the arithmetic):
-    `factor` multiplies the length that it reads as it arrives.
+    With a frequency method, the model's frequencies, its config and so everything that `save_pretrained` writes change
+    together; plain Transformers loads the result to the same logits. Methods of spans and temperatures live in
+    attention: a checkpoint saved with one fails to load in plain Transformers, with the name of what loads it,
+    `rope_scaling.from_pretrained`. A model that is patched already is first taken back to what it was. A model that
+    arrives scaled is extended from there (see `describe` for the arithmetic): `factor` multiplies the length that it
+    reads as it arrives.
 
     Args:
         model (`nn.Module`): A loaded Transformers model, bare or wrapped (PEFT, accelerate, `torch.compile`).
-        method (`str` or `FrequencyMethod`, *optional*): A name in `rope_scaling.METHODS`, with its fields as further
-            arguments, or a method object. Without one, the method recorded in the config of a saved patched model.
+        *method (`str` or method object): A name in `rope_scaling.METHODS`, with its fields as further arguments; or
+        one
+            or more method objects, at most one each that decides frequencies, distances, the keys seen, and the
+            temperature. Without any, what the config of a saved patched model records.
         factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
         target_length (`int`, *optional*): The same in tokens. A method made for a length needs one of the two; with
             others (`abf` with a base, `drope`, ...) it only sets the length written to the config.
@@ -83,20 +95,20 @@ def patch(
         `nn.Module`: the model itself.
 
     Raises:
-        RopeScalingError: bad arguments, a model without RoPE, or a change that could not be verified on the module;
-            the model is left as it was.
+        RopeScalingError: bad arguments, a model without RoPE, attention that cannot be reached, or a change that could
+            not be verified on the module; the model is left as it was.
     """
     slots = rotary_slots(model)
-    if method is None:
+    if not method or method == (None,):
         given = {"factor": factor, "target_length": target_length, "layer_types": layer_types, **arguments}
         if leftover := [name for name, value in given.items() if value is not None]:
             raise RopeScalingError(
                 f"{', '.join(leftover)} given without a method. Name one, as in `patch(model, 'yarn', factor=4)`."
             )
         record = _recorded(slots)
-        recorded, length = method_from_record(record["method"]), record["target_length"]
+        recorded = resolved([method_from_record(one) for one in record["methods"]], record["target_length"])
         original = record["original_max_position_embeddings"]
-        return _apply(model, slots, recorded, length, original, record["layer_types"], from_record=True)
+        return _apply(model, slots, recorded, original, record["layer_types"], from_record=True)
     if original_max_position_embeddings is not None:
         original_max_position_embeddings = check_length(
             "original_max_position_embeddings", original_max_position_embeddings
@@ -104,9 +116,9 @@ def patch(
     settings = pretrained_settings(_config(slots))
     chosen = choose_slots(slots, layer_types)
     reach = max(read_pretrained(slot, settings, original_max_position_embeddings).reach for slot in chosen)
-    method, length = resolve_method(method, reach, factor, target_length, arguments)
+    wanted = resolve_methods(method, reach, factor, target_length, arguments)
     names = None if chosen[0].layer_type is None else sorted({slot.layer_type for slot in chosen if slot.layer_type})
-    return _apply(model, slots, method, length, original_max_position_embeddings, names)
+    return _apply(model, slots, wanted, original_max_position_embeddings, names)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -129,9 +141,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(
-    model: nn.Module, method: str | FrequencyMethod | Sequence[FrequencyMethod] | None = None, **arguments: Any
-) -> Iterator[nn.Module]:
+def patched(model: nn.Module, *method: str | Method | Sequence[Method], **arguments: Any) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was before, patched or not.
 
     Raises:
@@ -140,7 +150,7 @@ def patched(
     slots = rotary_slots(model)
     before = applied_patch(slots)
     config = _config_state(_config(slots))
-    patch(model, method, **arguments)
+    patch(model, *method, **arguments)
     try:
         yield model
     finally:
@@ -157,8 +167,7 @@ def applied_patch(slots: list[Slot]) -> Applied | None:
 def _apply(
     model: nn.Module,
     slots: list[Slot],
-    method: FrequencyMethod,
-    length: int | None,
+    wanted: Resolved,
     original_length: int | None,
     layer_types: list[str] | None,
     from_record: bool = False,
@@ -167,44 +176,66 @@ def _apply(
     config = _config(slots)
     settings = pretrained_settings(config)
     parameters = copy.deepcopy(settings["rope_parameters"])
+    in_attention = bool(wanted.spans or wanted.temperature)
     patches = {}
     for slot in slots:
         if slot.layer_type is not None and slot.layer_type not in (layer_types or ()):
             continue
-        pretrained = read_pretrained(slot, settings, original_length)
-        _check_as_configured(slot, pretrained)
-        own_target = target_length(pretrained, method, length)
-        extension = extend(slot, pretrained, method, own_target)
-        if (
-            torch.equal(extension.inv_freq, pretrained.inv_freq)
-            and extension.attention_factor == pretrained.attention_factor
-        ):
-            raise RopeScalingError(f"{method} changes nothing on this model: every frequency stays as it is.")
-        patches[slot.path, slot.layer_type] = Patch(method, own_target, pretrained, extension)
-        parameters = slot.with_part(parameters, extension.rope_parameters)
-    target = max(change.target_length for change in patches.values())
-    if from_record and parameters != config.rope_parameters:
+        change = _slot_patch(slot, settings, wanted, original_length)
+        patches[slot.path, slot.layer_type] = change
+        parameters = slot.with_part(parameters, change.extension.rope_parameters)
+    if in_attention and wanted.frequency is None:
+        parameters = copy.deepcopy(settings["rope_parameters"])
+    after = {"rope_parameters": parameters}
+    if in_attention:
+        after = fail_in_plain_transformers(slots, parameters, settings["max_position_embeddings"])
+    allowed = (after["rope_parameters"], settings["rope_parameters"])[: 2 if in_attention else 1]
+    if from_record and config.rope_parameters not in allowed:
         raise RopeScalingError(
             "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
             "Name the method you want, as in `patch(model, 'yarn', factor=4)`; it starts from the pretrained state."
         )
-    _warn_of_windows(config, target)
-    after = {
-        "rope_parameters": parameters,
-        "max_position_embeddings": target,
-        RECORD_KEY: make_record(method, target, layer_types, original_length, settings),
-    }
+    programs = make_programs(model, slots, patches, wanted) if in_attention else {}
+    target = max(change.target_length for change in patches.values())
+    target = max([target, *_reaches(programs, target)])
+    if not wanted.spans:
+        _warn_of_windows(config, target)
+    after["max_position_embeddings"] = target
+    stated = wanted.target_length if in_attention else target
+    if ACTIVATION_KEY in after:
+        settings.setdefault(ACTIVATION_KEY, getattr(config, ACTIVATION_KEY))
+    after[RECORD_KEY] = make_record(wanted.methods, stated, layer_types, original_length, settings)
     outer, outer_config = applied_patch(slots), _config_state(config)
     if outer is not None:
         _roll_back(model, slots)
+    applied = Applied(patches, _config_state(config), wanted.methods, programs)
     try:
-        _commit(model, slots, Applied(patches, _config_state(config)), after)
+        _commit(model, slots, applied, after)
     except Exception:
         _roll_back(model, slots)
         if outer is not None:
             _commit(model, slots, outer, outer_config)
         raise
     return model
+
+
+def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original_length: int | None) -> Patch:
+    pretrained = read_pretrained(slot, settings, original_length)
+    _check_as_configured(slot, pretrained)
+    if wanted.frequency is None:
+        own_target = max(wanted.target_length or 0, pretrained.reach)
+        return Patch(None, own_target, pretrained, as_it_arrived(pretrained))
+    own_target = target_length(pretrained, wanted.frequency, wanted.target_length)
+    extension = extend(slot, pretrained, wanted.frequency, own_target)
+    same = torch.equal(extension.inv_freq, pretrained.inv_freq)
+    if same and extension.attention_factor == pretrained.attention_factor:
+        raise RopeScalingError(f"{wanted.frequency} changes nothing on this model: every frequency stays as it is.")
+    return Patch(wanted.frequency, own_target, pretrained, extension)
+
+
+def _reaches(programs: dict[str, SpanProgram], target: int) -> list[int]:
+    """How far span methods of finite reach go: what the config then states as the length."""
+    return [program.reach for program in programs.values() if program.reach is not None and program.reach > target]
 
 
 def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[str, Any]) -> None:
@@ -216,6 +247,13 @@ def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[
     for slot in slots:
         if (change := applied.patches.get((slot.path, slot.layer_type))) and not slot.inv_freq.is_meta:
             _verify(slot, change)
+    for path, program in applied.programs.items():
+        decoder = model.get_submodule(path)
+        install(decoder, program)
+        if installed(decoder) is not program:
+            raise RopeScalingError(
+                f"The patch did not take effect on the attention of `{path or type(model).__name__}`."
+            )
 
 
 def _verify(slot: Slot, change: Patch) -> None:
@@ -309,6 +347,8 @@ def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
     applied = applied_patch(slots)
     for module in {id(slot.module): slot.module for slot in slots}.values():
         restore(module)
+    for path in {slot.path.rpartition(".")[0] for slot in slots}:
+        remove(model.get_submodule(path))
     if applied is not None:
         _set_config(model, slots, applied.config_before)
 

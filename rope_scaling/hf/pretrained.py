@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.frequencies import FrequencyMethod, method_class
+from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
 from rope_scaling.hf.rotary import Slot
+from rope_scaling.methods import Method, method_class
 
 
 RECORD_KEY = "rope_scaling_patch"
@@ -195,20 +196,22 @@ def _arrived_method(
     if "factor" not in values and maximum:
         values["factor"] = max(maximum / geometry.original_max_position_embeddings, 1.0)
     given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-    method = cls(**given)
-    without = cls(**{key: value for key, value in given.items() if key != "attention_factor"})
+    method: Any = cls(**given)
+    without: Any = cls(**{key: value for key, value in given.items() if key != "attention_factor"})
     # A factor that is only the default written out must not outlive a change of the scale it was computed for.
     same = abs(method.inv_freq(geometry)[1] - without.inv_freq(geometry)[1]) < 1e-6
     return without if same else method
 
 
-def changed_fields(method: FrequencyMethod) -> dict[str, Any]:
+def changed_fields(method: Method) -> dict[str, Any]:
     """The fields of a method that differ from their defaults, and those that have none."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     defaults = {field.name: field.default for field in fields(method) if field.default is not MISSING}
+    made = {field.name: field.default_factory() for field in fields(method) if field.default_factory is not MISSING}
+    defaults |= made
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
-def factor_of(method: FrequencyMethod | None) -> float:
+def factor_of(method: Any) -> float:
     """How much further a method reads; 1 for one that is not made for a length."""
     return getattr(method, "factor", None) or 1.0

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.frequencies import FrequencyMethod, make_method
+from rope_scaling.methods import METHODS, Method, make_method
 
 
-_FORMAT = 1
-_KEYS = {"format", "method", "target_length", "layer_types", "original_max_position_embeddings", "pretrained"}
+_FORMAT = 2
+_KEYS = {"format", "methods", "target_length", "layer_types", "original_max_position_embeddings", "pretrained"}
 
 
-def method_to_record(method: FrequencyMethod) -> dict[str, Any]:
+def method_to_record(method: Method) -> dict[str, Any]:
     """A method as plain data: its name and every field that is set."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}
-    nested = {name: method_to_record(value) for name, value in values.items() if isinstance(value, FrequencyMethod)}
-    lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     return {
-        "name": method.name,
-        **{name: value for name, value in (values | nested | lists).items() if value is not None},
+        "name": method.name or type(method).__name__,
+        **{name: _plain(value) for name, value in values.items() if value is not None},
     }
 
 
-def method_from_record(record: Any) -> FrequencyMethod:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return method_to_record(value)
+    # JSON has no infinity; a pair that a clip leaves alone has one.
+    return [None if item == math.inf else item for item in value] if isinstance(value, tuple) else value
+
+
+def method_from_record(record: Any) -> Method:
     """The method that `method_to_record` wrote.
 
     Raises:
@@ -32,15 +39,24 @@ def method_from_record(record: Any) -> FrequencyMethod:
     """
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         raise RopeScalingError(f"A method's record must be a mapping with a `name`; got {record!r}.")
-    arguments = {key: value for key, value in record.items() if key != "name"}
-    if isinstance(arguments.get("wrapped"), dict):
-        arguments["wrapped"] = method_from_record(arguments["wrapped"])
-    return make_method(record["name"], **arguments)
+    if record["name"] not in METHODS:
+        raise RopeScalingError(
+            f"Unknown method {record['name']!r} in the config's record of the patch. If it is "
+            "your own, add "
+            f"it first: `rope_scaling.METHODS[{record['name']!r}] = YourMethod`."
+        )
+    return make_method(record["name"], **{key: _made(value) for key, value in record.items() if key != "name"})
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return method_from_record(value)
+    return tuple(math.inf if item is None else item for item in value) if isinstance(value, list) else value
 
 
 def make_record(
-    method: FrequencyMethod,
-    target_length: int,
+    methods: Sequence[Method],
+    target_length: int | None,
     layer_types: list[str] | None,
     original_length: int | None,
     pretrained: dict[str, Any],
@@ -48,7 +64,7 @@ def make_record(
     """The record of a whole patch, as plain data that a config can hold."""
     return {
         "format": _FORMAT,
-        "method": method_to_record(method),
+        "methods": [method_to_record(method) for method in methods],
         "target_length": target_length,
         "layer_types": layer_types,
         "original_max_position_embeddings": original_length,

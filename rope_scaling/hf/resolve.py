@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError, check_length, check_number, unknown_name
-from rope_scaling.frequencies import FrequencyMethod, make_method, method_class
-from rope_scaling.hf.pretrained import factor_of
+from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.rotary import Slot
+from rope_scaling.methods import Method, make_method, method_class
+from rope_scaling.spans import SpanMethod
+from rope_scaling.temperatures import Temperature
 
 
 def choose_slots(slots: list[Slot], wanted: str | Sequence[str] | None) -> list[Slot]:
@@ -37,20 +39,37 @@ def choose_slots(slots: list[Slot], wanted: str | Sequence[str] | None) -> list[
     return [slot for slot in slots if slot.layer_type in chosen]
 
 
-def resolve_method(
-    method: str | FrequencyMethod | Sequence[FrequencyMethod],
+@dataclass(frozen=True)
+class Resolved:
+    """What one patch consists of."""
+
+    frequency: FrequencyMethod | None
+    spans: tuple[SpanMethod, ...]
+    temperature: Temperature | None
+    target_length: int | None
+    """In tokens, where it is given apart from the methods."""
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """All of them, the frequency method first."""
+        return tuple(method for method in (self.frequency, *self.spans, self.temperature) if method is not None)
+
+
+def resolve_methods(
+    given: Sequence[str | Method | Sequence[Method]],
     reach: int,
     factor: float | None,
     target_length: int | None,
     arguments: dict[str, Any],
-) -> tuple[FrequencyMethod, int | None]:
-    """A method object and, where it is given apart from the method, the target length.
+) -> Resolved:
+    """Method objects and, where it is given apart from them, the target length.
 
     Args:
         reach (`int`): Tokens that the model reads as it arrives, which `factor` multiplies.
 
     Raises:
-        RopeScalingError: unknown names, both or neither of factor and length, or values that are not allowed.
+        RopeScalingError: unknown names, both or neither of factor and length, methods that decide the same, or values
+            that are not allowed.
     """
     if factor is not None and target_length is not None:
         raise RopeScalingError(
@@ -66,25 +85,62 @@ def resolve_method(
                 f"give at least {reach}."
             )
     wanted = factor if factor is not None else target_length / reach if target_length is not None else None
-    if isinstance(method, str):
-        made = _make_method(method, wanted, arguments)
+    if len(given) == 1 and isinstance(given[0], str):
+        methods = [_make_method(given[0], wanted, arguments)]
     else:
-        made = _single_method(method)
+        methods = _method_objects(given)
         if arguments:
+            names = ", ".join(f"`{name}`" for name in arguments)
             raise RopeScalingError(
-                f"{', '.join(f'`{name}`' for name in arguments)}: a method object carries its own fields; "
-                f"set them there, as in `{type(made).__name__}(...)`."
+                f"{names}: a method object carries its own fields; set them there, as in "
+                f"`{type(methods[0]).__name__}(...)`."
             )
-        if factor is not None and getattr(made, "factor", factor) not in (None, factor):
-            raise RopeScalingError(
-                f"`factor` is {factor:g}, but the method object has {factor_of(made):g}. Give one of the two."
-            )
+        own: Any = next((found for method in methods if (found := getattr(method, "factor", None))), None)
+        if factor is not None and own not in (None, factor):
+            raise RopeScalingError(f"`factor` is {factor:g}, but the method object has {own:g}. Give one of the two.")
     if target_length is None and factor is not None:
         target_length = int(reach * factor)
-    return made, target_length
+    return resolved(methods, target_length)
 
 
-def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> FrequencyMethod:
+def resolved(methods: Sequence[Method], target_length: int | None) -> Resolved:
+    """Sorts methods by what they decide.
+
+    Raises:
+        RopeScalingError: two of them decide the same.
+    """
+    taken: dict[str, Method] = {}
+    for method in methods:
+        for what in _decides(method):
+            if what in taken:
+                both = f"{_name(taken[what])} and {_name(method)}"
+                raise RopeScalingError(
+                    f"{both} both decide {_WHAT[what]}, so they cannot be combined. Give one of them."
+                )
+            taken[what] = method
+    spans = tuple(method for method in methods if isinstance(method, SpanMethod))
+    frequency = next((method for method in methods if isinstance(method, FrequencyMethod)), None)
+    temperature = next((method for method in methods if isinstance(method, Temperature)), None)
+    return Resolved(frequency, spans, temperature, target_length)
+
+
+_WHAT = {
+    "frequency": "the frequencies",
+    "map": "the distances at which keys are seen",
+    "window": "which keys are seen",
+    "temperature": "the temperature",
+}
+
+
+def _decides(method: Method) -> frozenset[str]:
+    return frozenset({"frequency"}) if isinstance(method, FrequencyMethod) else method.decides
+
+
+def _name(method: Any) -> str:
+    return getattr(method, "name", "") or type(method).__name__
+
+
+def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> Method:
     inner = arguments.get("wrapped", name)
     cls = method_class(inner if isinstance(inner, str) else name)
     factors = [field for field in fields(cls) if field.name == "factor"]
@@ -99,13 +155,19 @@ def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> 
     return make_method(name, **arguments)
 
 
-def _single_method(method: Any) -> FrequencyMethod:
-    methods = list(method) if isinstance(method, (list, tuple)) else [method]
-    if len(methods) != 1:
-        names = ", ".join(getattr(one, "name", repr(one)) for one in methods) or "none"
-        raise RopeScalingError(f"A patch holds one frequency method; got {len(methods)}: {names}.")
-    if not isinstance(methods[0], FrequencyMethod):
-        raise RopeScalingError(
-            f"`method` must be a name such as 'yarn' or a method object such as `Yarn(factor=4)`; got {methods[0]!r}."
-        )
-    return methods[0]
+def _method_objects(given: Sequence[Any]) -> list[Method]:
+    flat = [one for item in given for one in (item if isinstance(item, (list, tuple)) else [item])]
+    for one in flat:
+        if isinstance(one, str) and len(flat) > 1:
+            raise RopeScalingError(
+                f"A name stands for one method with its arguments; got {one!r} beside others. Give objects, as in "
+                "`patch(model, Yarn(factor=2), SlidingWindow(window=1024))`."
+            )
+        if not isinstance(one, Method):
+            raise RopeScalingError(
+                "`method` must be a name such as 'yarn' or a method object such as `Yarn(factor=4)`; got "
+                f"{one if not isinstance(one, type) else one.__name__!r}."
+            )
+    if not flat:
+        raise RopeScalingError("No method given. Name one, as in `patch(model, 'yarn', factor=4)`.")
+    return flat

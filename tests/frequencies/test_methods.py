@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cases import FORMULA_VARIANTS, GEOMETRIES, METHOD_CASES, arguments_of, reference
-from rope_scaling import METHODS, RopeGeometry, RopeScalingError, Yarn, default_inv_freq, make_method
+from rope_scaling import RopeGeometry, RopeScalingError, Yarn, default_inv_freq, make_method
+from rope_scaling.frequencies import METHODS
 from rope_scaling.frequencies.base import correction_index, ntk_theta
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import logits, make_model, rotary, token_ids
+from conftest import apply, logits, make_model, rotary, strong, token_ids
+from transformers import DynamicCache
 
 import rope_scaling
+from span_cases import SPAN_CASES
 
 
 pytestmark = [
@@ -28,3 +30,16 @@ def test_unpatch_gives_back_the_same_bits():
     original = logits(model, ids)
     rope_scaling.unpatch(rope_scaling.patch(model, "yarn", factor=4))
     assert torch.equal(logits(model, ids), original)
+
+
+@pytest.mark.parametrize("case", SPAN_CASES)
+def test_spans_on_a_gpu_are_those_of_a_cpu(case):
+    model = apply(strong("llama"), case)
+    ids = token_ids(150)
+    wanted = logits(model, ids)
+    model.to("cuda")
+    found = logits(model, ids.cuda(), use_cache=False).cpu()
+    assert torch.allclose(found, wanted, atol=1e-3)
+    cache = DynamicCache(config=model.config, offloading=True)
+    steps = [logits(model, part.cuda(), past_key_values=cache).cpu() for part in ids.split(50, dim=1)]
+    assert torch.allclose(torch.cat(steps, dim=1), wanted, atol=1e-3)

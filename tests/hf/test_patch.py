@@ -10,7 +10,8 @@ from conftest import FAMILIES, TRAINED_LENGTH, close, logits, make_model, rotary
 
 import rope_scaling
 from cases import METHOD_CASES, arguments_of
-from rope_scaling import METHODS, Linear, Ntk, RopeScalingError, Yarn, make_method
+from rope_scaling import Linear, Ntk, RopeScalingError, Yarn, make_method
+from rope_scaling.frequencies import METHODS
 from rope_scaling.hf import patch as patch_module
 from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
@@ -329,8 +330,8 @@ def test_a_patch_that_changes_nothing_raises(llama):
             "`target_length` is 128, but the method's factor 4 times 64 tokens is 256",
         ),
         ((Yarn(factor=4), {"beta_fast": 2}), r"a method object carries its own fields.*`Yarn\(...\)`"),
-        (([Yarn(factor=4), Ntk(factor=4)],), "holds one frequency method; got 2: yarn, ntk"),
-        (([],), "holds one frequency method; got 0"),
+        (([Yarn(factor=4), Ntk(factor=4)],), "yarn and ntk both decide the frequencies, so they cannot be combined"),
+        (([],), "No method given. Name one"),
         ((3,), "must be a name such as 'yarn' or a method object"),
         ((None,), "no record of a patch. Name a method"),
         ((None, {"factor": 4}), "factor given without a method"),

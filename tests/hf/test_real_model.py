@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import rope_scaling
 from cases import arguments_of
-from rope_scaling import METHODS
 from rope_scaling.eval.documents import make_documents, read_texts
 from rope_scaling.eval.perplexity import nll_curve
+from rope_scaling.frequencies import METHODS
 from rope_scaling.hf.loading import load_model, load_tokenizer
 
 

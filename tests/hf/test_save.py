@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import rope_scaling
 from cases import arguments_of
-from rope_scaling import METHODS, RopeScalingError
+from rope_scaling import RopeScalingError
+from rope_scaling.frequencies import METHODS
 from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import rotary_slots
 
@@ -145,15 +146,15 @@ def test_another_patch_on_a_saved_one_starts_from_the_pretrained_frequencies(tmp
     fresh = logits(rope_scaling.patch(make_model("llama"), "linear", factor=2))
     with rope_scaling.patched(loaded, "linear", factor=2):
         assert close(logits(loaded), fresh)
-    assert loaded.config.rope_scaling_patch["method"]["name"] == "yarn"
+    assert loaded.config.rope_scaling_patch["methods"][0]["name"] == "yarn"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": 99}, "format 99; this version reads 1. Update rope-scaling"),
-        ({"method": {"name": "yran"}}, "Unknown method 'yran'"),
-        ({"method": "yarn"}, "must be a mapping with a `name`"),
+        ({"format": 99}, "format 99; this version reads 2. Update rope-scaling"),
+        ({"methods": [{"name": "yran"}]}, "Unknown method 'yran'"),
+        ({"methods": ["yarn"]}, "must be a mapping with a `name`"),
         ({"surprise": 1}, "record is damaged"),
     ],
 )

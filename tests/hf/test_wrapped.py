@@ -6,7 +6,7 @@ from conftest import FAMILIES, close, logits, make_model, rotary, token_ids
 
 import rope_scaling
 from cases import arguments_of
-from rope_scaling import METHODS
+from rope_scaling.frequencies import METHODS
 
 
 def test_peft_patched_before_or_after_wrapping(tmp_path):

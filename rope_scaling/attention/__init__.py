@@ -1,0 +1,1 @@
+"""Attention from spans: the dense law, and the fast paths that agree with it."""

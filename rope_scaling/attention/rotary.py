@@ -1,0 +1,77 @@
+"""Turning pairs of dimensions by given angles, from where the model has left them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """Which dimensions of a head are turned, and which of them form a pair."""
+
+    rotary_dim: int
+    """Rotary width `R`."""
+    interleaved: bool = False
+    """Pairs are neighbours `(2i, 2i + 1)`; otherwise halves, `(i, i + R / 2)`."""
+    start: int = 0
+    """First dimension that is turned."""
+
+    def pairs(self, x: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of both members of the pairs `low .. high - 1`, each `[..., high - low]`."""
+        if self.interleaved:
+            part = x[..., self.start + 2 * low : self.start + 2 * high]
+            return part[..., 0::2], part[..., 1::2]
+        half = self.start + self.rotary_dim // 2
+        return x[..., self.start + low : self.start + high], x[..., half + low : half + high]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A turn of the pairs `low .. high - 1` at every position, with a gain; other pairs stay as they are."""
+
+    cos: torch.Tensor
+    """Gain times cosine, `[T, high - low]`, float32."""
+    sin: torch.Tensor
+    low: int
+
+    @staticmethod
+    def by(angles: torch.Tensor, gain: torch.Tensor | None = None) -> Rotation | None:
+        """The rotation by `angles` (`[T, R / 2]`, float64), or `None` if it leaves everything where it is."""
+        moved = (angles != 0).any(0)
+        if gain is not None:
+            moved |= gain.cpu() != 1
+        if not moved.any():
+            return None
+        pairs = moved.nonzero()
+        low, high = int(pairs[0]), int(pairs[-1]) + 1
+        angles = angles[:, low:high]
+        cos, sin = angles.cos(), angles.sin()
+        if gain is not None:
+            cos, sin = cos * gain[low:high].cpu(), sin * gain[low:high].cpu()
+        return Rotation(cos.float(), sin.float(), low)
+
+    def part(self, begin: int, end: int) -> Rotation:
+        """The rotation at positions `begin .. end - 1`."""
+        return Rotation(self.cos[begin:end], self.sin[begin:end], self.low)
+
+    def adjoint(self) -> Rotation:
+        """What carries gradients back: the turn back, with the same gain."""
+        return Rotation(self.cos, -self.sin, self.low)
+
+    def to(self, device: torch.device) -> Rotation:
+        """The same on another device."""
+        return Rotation(self.cos.to(device), self.sin.to(device), self.low)
+
+    def apply(self, x: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+        """`x` (`[..., T, d]`) turned, in its own dtype; the arithmetic is float32 or better."""
+        high = self.low + self.cos.shape[-1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = self.cos.to(wide), self.sin.to(wide)
+        turned = x.clone()
+        one, two = (part.to(wide) for part in layout.pairs(x, self.low, high))
+        into_one, into_two = layout.pairs(turned, self.low, high)
+        into_one.copy_(torch.addcmul(one * cos, two, sin, value=-1))
+        into_two.copy_(torch.addcmul(two * cos, one, sin))
+        return turned

@@ -1,0 +1,120 @@
+"""Cutting spans into rectangles and triangles that stock attention kernels compute without a mask.
+
+Within a run of queries over which each end of an interval stands still or moves one key a query, a span is a rectangle
+that all of these queries see, and at each moving end a triangle. A triangle at the far end is causal attention; one at
+the near end is causal attention with queries and keys in reverse.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rope_scaling.attention.plan import Segment
+from rope_scaling.spans import Span
+
+
+TILE = 2048
+"""Queries of a tile; measured on the CPU, where 1024 costs 5% more and 4096 gains nothing
+(`benchmarks/attention.py`)."""
+BAND = 256
+"""Queries of a cut of a band, the interval that moves with the query at both ends. All cuts go through one kernel
+call, under one mask; the wider a cut, the more of it is masked, and below 256 the kernel itself gets slower."""
+WIDEST_BAND = 2048
+"""Up to this many keys a masked band beats a rectangle and two triangles, whose results have to be merged."""
+NARROW = 64
+"""Bands of fewer keys are cut in as many queries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One kernel call: queries `begin .. end - 1` against keys `first .. last - 1` of a segment."""
+
+    span: int
+    shape: str
+    """`full`, `causal` (query `i` sees keys up to `i`), `reversed` (keys from `i` on) or `band` (keys from `i` on,
+    the same number each)."""
+    begin: int
+    end: int
+    first: int
+    last: int
+    cut: int = 0
+    """For a band: queries of a cut. Cut `i` sees the keys `i * cut` further on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The kernel calls of a segment, tile by tile: first query, last query + 1, pieces."""
+
+    tiles: list[tuple[int, int, list[Piece]]]
+
+
+def make_schedule(segment: Segment, spans: list[Span], tile: int = TILE) -> Schedule:
+    """Cuts every span of a segment; each pair of query and key that a span holds is in exactly one piece."""
+    length = len(segment.positions)
+    starts = range(0, length, tile)
+    tiles: list[tuple[int, int, list[Piece]]] = [(start, min(start + tile, length), []) for start in starts]
+    for index, span in enumerate(spans):
+        first, last = segment.bounds(span)
+        for begin, end in _runs(first, last, tile):
+            tiles[begin // tile][2].extend(_pieces(index, begin, end, first, last))
+    return Schedule(tiles)
+
+
+def _runs(first: torch.Tensor, last: torch.Tensor, tile: int) -> Iterator[tuple[int, int]]:
+    """Runs of queries that see something, over which both ends keep their pace, none across a tile's edge."""
+    if len(first) == 1:
+        if int(first) <= int(last):
+            yield 0, 1
+        return
+    steps = torch.stack([first.diff(), last.diff()])
+    even = ((steps == 0) | (steps == 1)).all(0)
+    # A step that is neither is a run of its own.
+    pace = torch.where(even, steps[0] * 2 + steps[1], -torch.arange(1, len(first)))
+    changes = ((pace.diff() != 0).nonzero()[:, 0] + 1).tolist()
+    for begin, stop in _stretches(first <= last):
+        while begin < stop:
+            after = bisect_right(changes, begin)
+            same_until = changes[after] if after < len(changes) else len(first) - 1
+            end = min(same_until + 1, stop) if begin < len(pace) and bool(even[begin]) else begin + 1
+            for cut in range(begin // tile * tile, end, tile):
+                yield max(begin, cut), min(end, cut + tile)
+            begin = end
+
+
+def _stretches(true: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Begin and end of every stretch of consecutive true entries."""
+    padded = torch.nn.functional.pad(true.int(), (1, 1))
+    edges = padded.diff().nonzero()[:, 0].tolist()
+    yield from zip(edges[0::2], edges[1::2], strict=True)
+
+
+def _pieces(span: int, begin: int, end: int, first: torch.Tensor, last: torch.Tensor) -> Iterator[Piece]:
+    """A run as a rectangle and the triangles at its moving ends, or, where both ends move over few keys, as bands."""
+    low, low_end = int(first[begin]), int(first[end - 1])
+    high, high_end = int(last[begin]), int(last[end - 1])
+    width = high - low + 1
+    if low_end > low and high_end > high and (width <= WIDEST_BAND or low_end > high + 1):
+        size = BAND if width > NARROW else NARROW
+        for cut in _even_cuts(begin, end, size):
+            yield Piece(span, "band", *cut, low + cut[0] - begin, high_end - (end - cut[1]) + 1, size)
+        return
+    if low_end > low:
+        yield Piece(span, "reversed", begin, end - 1, low, low_end)
+    if high_end > high:
+        yield Piece(span, "causal", begin, end, high, high_end + 1)
+        high -= 1
+    if low_end <= high:
+        yield Piece(span, "full", begin, end, low_end, high + 1)
+
+
+def _even_cuts(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """All whole cuts of `size` as one range, and the rest."""
+    whole = begin + (end - begin) // size * size
+    if whole > begin:
+        yield begin, whole
+    if whole < end:
+        yield whole, end

@@ -1,0 +1,364 @@
+"""Where the engine meets Transformers: one name in its attention and mask registries, and a hook on the decoder.
+
+The hook reads positions, padding and cache of a forward call and hands them to every layer's attention as a keyword
+argument. So nothing is global, a layer recomputed under gradient checkpointing gets what it had, and two models in one
+process carry different patches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.reference import reference_attention
+from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.attention.rows import Document, KeyStore, read_documents, segment
+from rope_scaling.attention.tiled import tiled_attention
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
+from rope_scaling.spans import Rope, Span, SpanMethod, compose, plain
+from rope_scaling.spans.base import check_spans, within
+from rope_scaling.temperatures import Temperature
+
+
+NAME = "rope_scaling"
+"""What the engine is called in `config._attn_implementation`."""
+CALL = "rope_scaling_call"
+"""The keyword argument by which a layer's attention gets what the hook read."""
+
+_KEPT_TURNED = 64
+"""Calls of up to this many tokens keep turned keys beside the cache; for longer ones turning them costs nothing."""
+_BLOCK = 256
+"""Queries at a time where no fused kernel serves (dropout, soft-capping, devices without one)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a patch has to know of one decoder layer."""
+
+    rope: Rope | None
+    """`None` for a layer that turns nothing."""
+    layout: RotaryLayout
+    scaled: bool
+    """Whether the patch is for this layer; others keep their attention."""
+    sliding_window: int | None
+    """The model's own window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What layers that attend alike share."""
+
+    spans: list[Span]
+    inv_freq: torch.Tensor
+    layout: RotaryLayout
+    temperature: Any
+    retained: tuple[int, int] | None
+
+
+class SpanProgram:
+    """A patch's methods, worked out for every layer of one model."""
+
+    def __init__(self, methods: tuple[SpanMethod, ...], temperature: Temperature | None, layers: list[Layer]):
+        self.methods, self.temperature, self.layers = methods, temperature, layers
+        self.reach = self._reach()
+        self._warned = False
+        self._work_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spans hold functions; they are made again from the methods.
+        return {name: value for name, value in vars(self).items() if name not in ("kinds", "kind_of")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._work_out()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpanProgram:
+        return self  # nothing in it changes, and copies of a model carry the same patch
+
+    def _work_out(self) -> None:
+        self.kinds: dict[Hashable, Kind] = {}
+        self.kind_of: list[Hashable] = []
+        for index, layer in enumerate(self.layers):
+            own = tuple(method.layer_kind(layer.rope, index) for method in self.methods) if layer.rope else ()
+            name = (id(layer.rope), layer.scaled, layer.sliding_window, own)
+            if name not in self.kinds:
+                self.kinds[name] = self._kind(layer, index)
+            self.kind_of.append(name)
+
+    def _kind(self, layer: Layer, index: int) -> Kind:
+        """Intersects the methods with each other and with the model's own window."""
+        spans, retained, rope = plain(), None, layer.rope
+        inv_freq = torch.zeros(layer.layout.rotary_dim // 2) if rope is None else rope.inv_freq.float()
+        if layer.scaled:
+            known = rope or self._some_rope()
+            for method in self.methods:
+                its_spans = method.layer_spans(known, index)
+                check_spans(its_spans, method.name, known)
+                spans = compose(spans, its_spans)
+                retained = method.layer_retained(known, index) or retained
+        if rope is None:
+            spans = [Span(span.first, span.last) for span in spans]
+        if layer.sliding_window:
+            spans = compose(spans, [within(layer.sliding_window)])
+        temperature = _Scale(self.temperature, self._some_rope().trained_length) if self.temperature else None
+        return Kind(spans, inv_freq, layer.layout, temperature if layer.scaled else None, retained)
+
+    def _some_rope(self) -> Rope:
+        return next(layer.rope for layer in self.layers if layer.rope is not None and layer.scaled)
+
+    def _reach(self) -> int | None:
+        reaches = [method.reach(self._some_rope()) for method in self.methods]
+        return min((reach for reach in reaches if reach is not None), default=None)
+
+    def warn_beyond_reach(self, longest: int) -> None:
+        """Says once that a text is longer than the methods were made for."""
+        if self.reach is not None and longest > self.reach and not self._warned:
+            self._warned = True
+            names = ", ".join(method.name or type(method).__name__ for method in self.methods)
+            warnings.warn(
+                f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
+                f"{self.reach} tokens: the model meets distances it was not trained on.",
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A temperature with the trained length filled in."""
+
+    temperature: Temperature
+    trained_length: int
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        return self.temperature.scale(positions, self.trained_length)
+
+
+class Call:
+    """One forward call of a patched decoder, as every layer's attention sees it."""
+
+    def __init__(self, program: SpanProgram, documents: list[Document], stores: list[KeyStore], length: int):
+        self.program, self.documents, self.stores, self.length = program, documents, stores, length
+        self.cache: Any = None
+        self.past = 0
+        self._plans: dict[Hashable, Plan] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return self
+
+    def plan(self, layer: int) -> Plan:
+        """Spans and positions of a layer; made once for all layers alike."""
+        store = self.stores[layer] if self.stores else KeyStore()
+        name = (self.program.kind_of[layer], store)
+        if name not in self._plans:
+            kind = self.program.kinds[self.program.kind_of[layer]]
+            segments = [segment(document, store) for document in self.documents]
+            self._plans[name] = Plan(kind.spans, segments, kind.layout, kind.inv_freq, kind.temperature)
+        return self._plans[name]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        dropout: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one layer by the fastest engine that can do it, `[B, H, T, d]`."""
+        plan = self.plan(layer)
+        if query.device.type != "cpu" or dropout or softcap is not None or value.shape[-1] != query.shape[-1]:
+            more: dict[str, Any] = {"dropout": dropout, "softcap": softcap, "sinks": sinks, "block_size": _BLOCK}
+            return reference_attention(query, key, value, plan, scaling, **more)
+        kept = self._kept(layer, query)
+        if kept is None:
+            return tiled_attention(query, key, value, plan, scaling, sinks=sinks)
+        cache_layer = self.cache.layers[layer]
+        out = tiled_attention(
+            query,
+            key,
+            value,
+            plan,
+            scaling,
+            sinks=sinks,
+            turned_keys=lambda segment, span, keys: kept.turned(plan, segment, span, keys),
+        )
+        kept.end(cache_layer, self.past + self.length)
+        return out
+
+    def _kept(self, layer: int, query: torch.Tensor) -> Any:
+        if self.cache is None or self.length > _KEPT_TURNED or query.requires_grad:
+            return None
+        if getattr(self.cache, "offloading", False) or layer >= len(self.cache.layers):
+            return None
+        return turned_keys_of(self.cache.layers[layer], self.program)
+
+
+class DecoderHook:
+    """A forward pre-hook on the decoder: reads the call, refuses what the engine cannot do, and passes it on."""
+
+    def __init__(self, program: SpanProgram, before: str):
+        self.program, self.before = program, before
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        inputs = kwargs.get("input_ids") if args == () else args[0]
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return args, kwargs  # the model's own error says what is missing
+        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise RopeScalingError(
+                "`output_attentions=True`: a patched model's attention never holds its probabilities. `unpatch` the "
+                "model to look at them."
+            )
+        rows, length = inputs.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        documents = read_documents(rows, length, past, kwargs.get("position_ids"), _mask_of(kwargs))
+        self.program.warn_beyond_reach(max((int(d.positions[-1]) + 1 for d in documents), default=0))
+        kwargs = dict(kwargs)
+        if not all(document.contiguous for document in documents):
+            if cache is not None:
+                raise RopeScalingError(
+                    "`position_ids` restart or skip ahead, and a cache does not hold the positions of its keys. Leave "
+                    "`past_key_values` out, or give one document a row."
+                )
+            kwargs["use_cache"] = False
+        else:
+            cache = kwargs["past_key_values"] = self._cache(module, cache, kwargs, documents)
+        call = Call(self.program, documents, [], length)
+        if cache is not None:
+            call.cache, call.past = cache, past
+            call.stores = [
+                key_store(cache.layers[index] if index < len(cache.layers) else None, cache, length, index)
+                for index in range(len(self.program.layers))
+            ]
+            for layer in cache.layers[: len(self.program.layers)]:
+                turned_keys_of(layer, self.program).begin(layer, past)
+        kwargs[CALL] = call
+        return args, kwargs
+
+    def _cache(self, module: Any, cache: Any, kwargs: dict[str, Any], documents: list[Document]) -> Any:
+        """The call's cache, one whose layers forget where the methods allow it and nothing is in it yet."""
+        bounds = [self.program.kinds[kind].retained for kind in self.program.kind_of]
+        if not any(bounds):
+            return cache
+        if cache is None:
+            wanted = kwargs.get("use_cache")
+            wanted = getattr(module.config, "use_cache", False) if wanted is None else wanted
+            if not wanted or (torch.is_grad_enabled() and module.training):
+                return None
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=module.config)
+        if can_retain(cache):
+            padding = max((document.first_slot for document in documents), default=0)
+            retain(cache, [bound and (bound[0] + padding, bound[1]) for bound in bounds])
+        return cache
+
+
+def _mask_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):  # by layer type; the mask function below leaves all of them as the caller's
+        mask = next((one for one in mask.values() if one is not None), None)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise RopeScalingError(
+            f"`attention_mask` must be a tensor of 1 for tokens and 0 for padding; got {type(mask).__name__}."
+        )
+    return mask
+
+
+@torch.compiler.disable
+def span_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of a patched model, in the form that Transformers calls.
+
+    Args:
+        module (`nn.Module`): The attention module; its `layer_idx` says which layer's spans to use.
+        query (`torch.Tensor`): `[B, H, T, d]`, turned by the model.
+        key (`torch.Tensor`): `[B, Hk, S, d]`, turned by the model, cached ones first.
+        value (`torch.Tensor`): `[B, Hk, S, dv]`.
+        attention_mask: Not used; the hook has read it.
+        scaling (`float`, *optional*): Multiplier of scores; `d ** -0.5` by default.
+        dropout (`float`): Share of probabilities to drop.
+        softcap (`float`, *optional*): Scores `s` become `c tanh(s / c)`.
+        s_aux (`torch.Tensor`, *optional*): Learned sink score of every head, `[H]`.
+
+    Returns:
+        `tuple`: `[B, T, H, dv]`, and `None` in the place of probabilities.
+
+    Raises:
+        RopeScalingError: called without the hook, or with what the engine does not compute.
+    """
+    call = kwargs.get(CALL)
+    if call is None:
+        raise RopeScalingError(
+            f"{type(module).__name__} was called with the attention of a patched model, but its decoder is not "
+            "patched. Two models that share one config object share its attention: load them separately, or give "
+            "this one its own with `model.set_attn_implementation('sdpa')`."
+        )
+    for name in ("position_bias", "cache", "block_table", "cu_seq_lens_q"):
+        if kwargs.get(name) is not None:
+            raise RopeScalingError(
+                f"{type(module).__name__} passes `{name}` to its attention, which patched models do not support."
+            )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    out = call.attend(layer, query, key, value, scaling, dropout, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def no_mask(*, attention_mask: Any = None, use_vmap: bool = False, **_: Any) -> Any:
+    """The mask function of a patched model: the caller's mask as it is, since the hook reads it and spans do the rest.
+
+    Raises:
+        RopeScalingError: the model adds a pattern of its own, such as images that attend both ways.
+    """
+    if use_vmap:
+        raise RopeScalingError(
+            "This model overlays its causal mask with a pattern of its own, which spans cannot express."
+        )
+    return attention_mask
+
+
+AttentionInterface.register(NAME, span_attention)
+AttentionMaskInterface.register(NAME, no_mask)
+
+
+def install(decoder: Any, program: SpanProgram) -> None:
+    """Puts the engine into a decoder."""
+    decoder.register_forward_pre_hook(DecoderHook(program, decoder.config._attn_implementation), with_kwargs=True)
+    decoder.set_attn_implementation(NAME)
+
+
+def remove(decoder: Any) -> None:
+    """Takes the engine out again."""
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if isinstance(hook, DecoderHook):
+            del decoder._forward_pre_hooks[key]
+            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+            decoder.set_attn_implementation(hook.before)
+
+
+def installed(decoder: Any) -> SpanProgram | None:
+    """The program in a decoder, if there is one."""
+    return next((h.program for h in decoder._forward_pre_hooks.values() if isinstance(h, DecoderHook)), None)

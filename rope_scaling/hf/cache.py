@@ -1,0 +1,167 @@
+"""What the engine keeps beside a cache: layers that forget what no query will see, and keys already turned."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rope_scaling.attention.plan import Plan, Segment, turn
+from rope_scaling.attention.rows import KeyStore
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.spans import Span
+
+
+_SLACK = 64
+"""Tokens kept beyond the window, so that assisted decoding can take back what it guessed."""
+
+
+class RetainedLayer(DynamicLayer):
+    """A cache layer that keeps the first and the last tokens only; attention still gets every key of its own call."""
+
+    is_croppable = True
+
+    def __init__(self, head: int, window: int):
+        super().__init__()
+        self.head = head
+        self.window = window
+        self.seen = 0
+
+    @property
+    def store(self) -> KeyStore:
+        """Which slots are held."""
+        return KeyStore(head=self.head, gap=self.seen - self._held)
+
+    @property
+    def _held(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized and self.keys is not None and self.keys.numel() else 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends, returns all that was held and is new, and then forgets the middle."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.seen += key_states.shape[-2]
+        room = self.head + self.window + _SLACK
+        # Half a window of further tokens is let in first: forgetting copies what stays.
+        if keys.shape[-2] > room + self.window // 2:
+            self.keys, self.values = (
+                torch.cat([held[..., : self.head, :], held[..., self.head - room :, :]], dim=-2)
+                for held in (keys, values)
+            )
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that attention will get, and 0: what is missing lies in the middle."""
+        return self._held + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens (given as a negative number), as far as their window is still there.
+
+        Raises:
+            RopeScalingError: more tokens than are kept beyond the window.
+        """
+        count = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
+        if count <= 0 or not self.is_initialized:
+            return
+        if self.store.gap and self._held - self.head - count < self.window:
+            raise RopeScalingError(
+                f"The cache of this windowed model holds the last {self.window} tokens and {_SLACK} more, so {count} "
+                "cannot be taken back. Start from an empty cache, or crop less."
+            )
+        super().crop(-count)
+        self.seen -= count
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()
+        self.seen = 0
+
+
+def retain(cache: DynamicCache, bounds: list[tuple[int, int] | None]) -> None:
+    """Gives an empty cache layers that forget, where `bounds` (first and last tokens to keep) say that is enough."""
+    if not cache.layers:
+        cache.layers.extend(DynamicLayer() for _ in bounds)
+    for index, bound in enumerate(bounds[: len(cache.layers)]):
+        if bound is not None and type(cache.layers[index]) is DynamicLayer:
+            cache.layers[index] = RetainedLayer(*bound)
+
+
+def can_retain(cache: Any) -> bool:
+    """Whether a cache is empty, grows, and lies in one place."""
+    return type(cache) is DynamicCache and not cache.get_seq_length() and not getattr(cache, "offloading", False)
+
+
+class TurnedKeys:
+    """Keys of one cache layer at the angles of spans that turn them further, so that each is turned once.
+
+    A key's angle in a span is fixed, so what was turned stays right while tokens are appended. Anything else that is
+    done to the cache (reordering beams, cropping, resetting, selecting rows) puts other tensors into it or changes its
+    length; then everything is turned anew.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}
+        self._used: set[tuple[int, ...]] = set()
+        self._keys: weakref.ref[torch.Tensor] | None = None
+        self._state: tuple[int, int | None] = (0, None)
+
+    def begin(self, layer: Any, past: int) -> None:
+        """Before a call on `past` cached tokens: forgets everything unless the cache is as the last call left it."""
+        keys: Any = getattr(layer, "keys", None)
+        same = keys is not None and self._keys is not None and self._keys() is keys
+        if not same or (past, _version(keys)) != self._state:
+            self._buffers = {}
+        self._used = set()
+
+    def end(self, layer: Any, length: int) -> None:
+        """After a call: remembers how it left the cache, and drops what it did not use."""
+        self._keys, self._state = weakref.ref(layer.keys), (length, _version(layer.keys))
+        self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in self._used}
+
+    def turned(self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor) -> torch.Tensor:
+        """A segment's keys (`[rows, Hk, S, d]`) at the angles of a span, up to the last that the span reaches."""
+        needed = int(segment.bounds(span)[1].max()) + 1
+        first, last = int(segment.key_positions[0]), int(segment.key_positions[-1])
+        # Where a key lies in the buffer must not have moved: the model's own windows and layers that forget shift
+        # keys.
+        name = id(span.key), segment.rows.start, first, last - first - len(segment.key_positions)
+        buffer, filled = self._buffers.get(name, (None, 0))
+        if buffer is None or buffer.shape[2] < needed:
+            bigger = key.new_empty(*key.shape[:2], needed + needed // 8 + 64, key.shape[3])
+            if buffer is not None:
+                bigger[:, :, :filled] = buffer[:, :, :filled]
+            buffer = bigger
+        if filled < needed:
+            rotation = plan.key_rotation(segment, span, filled, needed)
+            buffer[:, :, filled:needed] = turn(key[:, :, filled:needed], rotation, plan.layout)
+        self._buffers[name] = buffer, max(filled, needed)
+        self._used.add(name)
+        return buffer[:, :, :needed]
+
+
+_TURNED: weakref.WeakKeyDictionary[Any, tuple[Any, TurnedKeys]] = weakref.WeakKeyDictionary()
+
+
+def turned_keys_of(layer: Any, owner: Any) -> TurnedKeys:
+    """The turned keys of a cache layer under one patch."""
+    if layer not in _TURNED or _TURNED[layer][0]() is not owner:
+        _TURNED[layer] = weakref.ref(owner), TurnedKeys()
+    return _TURNED[layer][1]
+
+
+def key_store(layer: Any, cache: Any, length: int, index: int) -> KeyStore:
+    """Which slots the key tensor of a layer will hold in a call of `length` tokens."""
+    if isinstance(layer, RetainedLayer):
+        return layer.store
+    return KeyStore(offset=int(cache.get_mask_sizes(length, index)[1]))
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,38 @@
+"""Making sure that a checkpoint whose attention was changed never loads as a model without the change."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from rope_scaling.hf.pretrained import config_with
+from rope_scaling.hf.rotary import Slot
+
+
+MESSAGE = "rope_scaling: this model's attention was patched; load it with rope_scaling.from_pretrained(folder)"
+"""What stands in the config where Transformers, and every server that reads its configs, looks a name up and fails."""
+ACTIVATION_KEY = "hidden_act"
+
+
+def fail_in_plain_transformers(
+    slots: list[Slot], parameters: dict[str, Any], max_position_embeddings: int | None
+) -> dict[str, Any]:
+    """Config attributes that no plain loader accepts, and whose error is `MESSAGE`.
+
+    The name of the RoPE type carries the message. Configs that check this name against a list of their own (Phi-3)
+    could not be saved with it; there the name of the activation function does.
+    """
+    loud = copy.deepcopy(parameters)
+    for slot in slots:
+        loud = slot.with_part(loud, {**slot.part_of(loud), "rope_type": MESSAGE})
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every type that it has no check for
+    try:
+        config_with(slots[0], loud, max_position_embeddings)
+    except Exception:  # whatever the config class raises for a type that it does not take
+        return {"rope_parameters": parameters, ACTIVATION_KEY: MESSAGE}
+    finally:
+        logger.setLevel(level)
+    return {"rope_parameters": loud}

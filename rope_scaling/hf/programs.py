@@ -1,0 +1,101 @@
+"""From resolved methods to what every layer of a model's decoders does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.frequencies import FrequencyMethod
+from rope_scaling.hf.attention import Layer, SpanProgram
+from rope_scaling.hf.extend import closed_form
+from rope_scaling.hf.pretrained import Pretrained, factor_of
+from rope_scaling.hf.probe import probe_layouts
+from rope_scaling.hf.resolve import Resolved
+from rope_scaling.hf.rotary import Slot
+from rope_scaling.spans import Rope
+
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Frequencies under a further method, for the model as it arrived."""
+
+    pretrained: Pretrained
+
+    def __call__(self, method: FrequencyMethod) -> tuple[torch.Tensor, float]:
+        return closed_form(self.pretrained, method)[:2]
+
+
+def make_programs(
+    model: nn.Module, slots: list[Slot], patches: dict[tuple[str, str | None], Any], wanted: Resolved
+) -> dict[str, SpanProgram]:
+    """A program for every decoder of a model, by its path.
+
+    Raises:
+        RopeScalingError: layers of a kind that spans cannot express, attention that cannot be reached, methods that do
+            not suit the model, or a wanted length beyond their reach.
+    """
+    programs = {}
+    for path in sorted({path.rpartition(".")[0] for path, _ in patches}):
+        its_slots = [slot for slot in slots if slot.path.rpartition(".")[0] == path]
+        programs[path] = _program(model.get_submodule(path), its_slots, patches, wanted)
+    return programs
+
+
+def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | None], Any], wanted: Resolved) -> Any:
+    config = decoder.config
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    if odd := sorted({kind for kind in types if kind is not None} - _KNOWN_LAYERS):
+        raise RopeScalingError(
+            f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot "
+            "express. Frequency "
+            "methods work on it."
+        )
+    layouts = probe_layouts(decoder, [slot.inv_freq for slot in slots])
+    ropes = {index: _rope(slot, patches, wanted, config) for index, slot in enumerate(slots)}
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    layers = []
+    for kind, found in zip(types, layouts, strict=True):
+        index, layout = found or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
+        scaled = (slots[index].path, slots[index].layer_type) in patches
+        # A config without layer types and with a window has it in every layer.
+        its_window = window if kind in ("sliding_attention", None) else None
+        layers.append(Layer(ropes[index] if found else None, layout, scaled, its_window))
+    if not any(layer.rope for layer in layers if layer.scaled):
+        raise RopeScalingError(f"No layer of {type(decoder).__name__} that the patch is for turns queries and keys.")
+    program = SpanProgram(wanted.spans, wanted.temperature, layers)
+    if program.reach is not None and wanted.target_length is not None and wanted.target_length > program.reach:
+        names = " with ".join(method.name or type(method).__name__ for method in wanted.spans)
+        raise RopeScalingError(
+            f"{names} reaches {program.reach} tokens on this model with these settings, and "
+            f"{wanted.target_length} are "
+            "wanted. Give settings that reach further (larger groups, a steeper slope, a smaller window), or a "
+            "smaller "
+            "target."
+        )
+    return program
+
+
+def _rope(slot: Slot, patches: dict[tuple[str, str | None], Any], wanted: Resolved, config: Any) -> Rope:
+    change = patches.get((slot.path, slot.layer_type))
+    if change is None:
+        # Not for this layer type: only its own turns matter.
+        some: Pretrained = next(iter(patches.values())).pretrained
+        return Rope(some.geometry, slot.inv_freq.detach().double().cpu(), some.reach)
+    pretrained = change.pretrained
+    return Rope(
+        geometry=pretrained.geometry,
+        inv_freq=change.extension.inv_freq.double(),
+        trained_length=int(pretrained.reach * factor_of(change.method)) if change.method else pretrained.reach,
+        target_length=wanted.target_length,
+        attention_factor=change.extension.attention_factor,
+        scaled=_Scaled(pretrained),
+        num_layers=config.num_hidden_layers,
+    )

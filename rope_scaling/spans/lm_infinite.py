@@ -1,0 +1,47 @@
+"""LM-Infinite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rope_scaling.errors import check_count, check_length
+from rope_scaling.spans.base import Rope, Span, SpanMethod
+from rope_scaling.spans.sliding_window import check_sinks, sinks, window_spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmInfinite(SpanMethod):
+    """A window of the last keys, and the first keys of the text at one constant distance
+    ([paper](https://huggingface.co/papers/2308.16137)).
+
+    `rho(D) = D` for `D < window`; for the first `num_sinks` keys beyond it `rho = window`. The paper's optional
+    fetching of middle keys by their score is not part of this.
+    """
+
+    name: ClassVar[str] = "lm_infinite"
+    paper: ClassVar[str] = "https://huggingface.co/papers/2308.16137"
+    changes: ClassVar[str] = "the last keys, the first at one distance"
+    decides: ClassVar[frozenset[str]] = frozenset({"map", "window"})
+
+    window: int | None = None
+    """Keys that a query sees at their true distance; by default the trained length."""
+    num_sinks: int = 10
+    """First keys of the text that every query sees, 10 to 100 in the paper."""
+
+    def __post_init__(self) -> None:
+        check_sinks(self.window, self.num_sinks)
+        check_length("num_sinks", check_count("num_sinks", self.num_sinks))
+
+    def spans(self, rope: Rope) -> list[Span]:
+        window = self.window or rope.trained_length
+        far = sinks(
+            self.num_sinks,
+            window,
+            query=rope.positions(lambda m: m * 0 + window),
+            key=rope.positions(lambda n: n * 0),
+        )
+        return window_spans(window, far)
+
+    def retained(self, rope: Rope) -> tuple[int, int]:
+        return self.num_sinks, self.window or rope.trained_length

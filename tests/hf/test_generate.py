@@ -1,0 +1,158 @@
+"""`generate` beyond the trained length, in all its ways, gives what a model without a cache would choose."""
+
+import copy
+
+import pytest
+import torch
+from conftest import apply, left_padded, logits, make_model, strong, token_ids
+from transformers import DynamicCache, StaticCache
+
+import rope_scaling
+from cases import METHOD_CASES
+from rope_scaling import RopeScalingError, SlidingWindow
+from span_cases import SPAN_CASES
+
+
+PROMPT, NEW = 90, 12
+
+
+def close(one, other):
+    return torch.allclose(one, other, atol=1e-4, rtol=0)
+
+
+def chosen(model, ids, count):
+    """Greedy continuation by one call over the whole text a token, without a cache."""
+    for _ in range(count):
+        ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def generate(model, ids, **arguments):
+    torch.manual_seed(0)
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | arguments
+    return model.generate(ids, attention_mask=arguments.pop("attention_mask", torch.ones_like(ids)), **arguments)
+
+
+@pytest.mark.parametrize("case", [*METHOD_CASES, *SPAN_CASES])
+def test_greedy_sampled_beams_and_batch(case):
+    model = apply(strong("llama"), case)
+    ids = token_ids(PROMPT)
+    wanted = chosen(model, ids, NEW)
+    assert torch.equal(generate(model, ids), wanted)
+    assert torch.equal(generate(model, ids, use_cache=False), wanted)
+    assert torch.equal(generate(model, ids, prefill_chunk_size=32), wanted)
+    sampled = [generate(model, ids, do_sample=True, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*sampled)
+    beams = [generate(model, ids, num_beams=3, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*beams)
+    texts = [ids[0], token_ids(61, seed=1)[0], token_ids(7, seed=2)[0]]
+    padded, mask, _ = left_padded(texts)
+    batch = generate(model, padded, attention_mask=mask)[:, PROMPT:]
+    for row, text in zip(batch, texts, strict=True):
+        assert torch.equal(row, chosen(model, text[None], NEW)[0, len(text) :])
+
+
+@pytest.mark.parametrize("case", ["rerope", "dual_chunk", "dynamic_ntk", "angle_clip-uniform", "lm_infinite", "log_n"])
+def test_caches(case):
+    model = apply(strong("llama"), case)
+    ids = token_ids(PROMPT)
+    wanted = chosen(model, ids, NEW)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), wanted)
+    assert torch.equal(generate(model, ids, past_key_values=StaticCache(model.config, max_cache_len=120)), wanted)
+    assert torch.equal(generate(model, ids, past_key_values=DynamicCache(config=model.config)), wanted)
+    assert torch.equal(generate(model, ids, past_key_values=DynamicCache()), wanted)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_static_caches_of_models_with_windows_of_their_own(family):
+    model = apply(strong(family), "rerope")
+    ids = token_ids(PROMPT)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), chosen(model, ids, NEW))
+
+
+@pytest.mark.parametrize("case", ["self_extend", "sliding_window-sinks", "dynamic_yarn"])
+def test_assisted_decoding(case):
+    model, assistant = apply(strong("llama"), case), strong("llama")
+    ids = token_ids(PROMPT)
+    assert torch.equal(generate(model, ids, assistant_model=assistant), chosen(model, ids, NEW))
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=5), chosen(model, ids, NEW))
+
+
+@pytest.mark.parametrize("case", ["rerope", "streaming", "dynamic_ntk"])
+def test_a_cache_is_reused_cropped_and_copied(case):
+    """What the engine keeps beside a cache follows whatever is done to it."""
+    model = apply(strong("llama"), case)
+    ids = token_ids(130)
+    wanted = logits(model, ids, use_cache=False)
+
+    @torch.no_grad()
+    def go_on(cache, start, stop):
+        return torch.cat(
+            [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(start, stop)], dim=1
+        )
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :80], past_key_values=cache)
+    assert close(go_on(cache, 80, 100), wanted[:, 80:100])
+    other = copy.deepcopy(cache)
+    assert close(go_on(cache, 100, 110), wanted[:, 100:110])
+    cache.crop(-15)
+    assert close(go_on(cache, 95, 110), wanted[:, 95:110])
+    assert close(go_on(other, 100, 110), wanted[:, 100:110])
+    cache.reset()
+    with torch.no_grad():
+        assert close(model(ids[:, :50], past_key_values=cache).logits, wanted[:, :50])
+    assert close(go_on(cache, 50, 70), wanted[:, 50:70])
+    cache.batch_repeat_interleave(3)
+    with torch.no_grad():
+        out = model(ids[:, 70:71].expand(3, -1), past_key_values=cache).logits
+    assert close(out, wanted[:, 70:71].expand(3, -1, -1))
+
+
+def test_windows_keep_a_cache_of_constant_size():
+    model = apply(strong("llama"), "streaming")
+    sizes = []
+    cache = DynamicCache(config=model.config)
+    ids = token_ids(400)
+    wanted = logits(model, ids, use_cache=False)
+    with torch.no_grad():
+        for at in range(400):
+            out = model(ids[:, at : at + 1], past_key_values=cache).logits
+            assert (out[0, 0] - wanted[0, at]).abs().max() < 1e-4
+            sizes.append(cache.layers[0].keys.shape[-2])
+    assert max(sizes) <= 4 + 28 + 64 + 14 and cache.get_seq_length() == 400
+    with pytest.raises(RopeScalingError, match="300 cannot be taken back"):
+        cache.crop(-300)
+
+
+def test_turned_keys_are_turned_once(monkeypatch):
+    """Decoding does not turn the whole cache again at every token."""
+    from rope_scaling.hf import cache as cache_module
+
+    model = apply(strong("llama"), "rerope")
+    ids = token_ids(120)
+    turned = []
+    original = cache_module.turn
+    monkeypatch.setattr(cache_module, "turn", lambda x, *rest: turned.append(x.shape[2]) or original(x, *rest))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :110], past_key_values=cache)
+        for at in range(110, 120):
+            model(ids[:, at : at + 1], past_key_values=cache)
+    assert turned == [79, 79, *[1] * 18]  # two layers; 110 - 32 + 1 far keys at the first step, one more at each
+
+
+def test_a_window_wider_than_the_text_is_no_window():
+    model = strong("llama")
+    plain = logits(model)
+    assert close(logits(rope_scaling.patch(model, SlidingWindow(window=1000, num_sinks=2))), plain)
+
+
+def test_make_model_is_unchanged_by_patches_of_other_instances():
+    plain = logits(make_model("llama"))
+    one, other = apply(make_model("llama"), "rerope"), apply(make_model("llama"), "dual_chunk")
+    first, second = logits(one), logits(other)
+    assert not close(first, second)
+    assert torch.equal(logits(one), first)
+    assert close(logits(make_model("llama")), plain)
