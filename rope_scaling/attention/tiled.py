@@ -20,6 +20,9 @@ from rope_scaling.spans import Span
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+_FEW = 16
+"""Queries of a call that are few enough for reading the keys to be what takes the time, as in decoding."""
+
 TurnedKeys = Callable[[Segment, Span, torch.Tensor], torch.Tensor]
 """Gives a segment's keys at the angles of a span, of at least as many keys as the span reaches."""
 
@@ -76,8 +79,10 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output, and the log-sum-exp of every row (`[B, H, T]`, `-inf` for rows that see nothing) if it is wanted."""
     covered = sum(len(range(query.shape[0])[s.rows]) * len(s.positions) for s in plan.segments)
-    make = torch.empty_like if covered == query.shape[0] * query.shape[2] else torch.zeros_like
-    out = make(query, memory_format=torch.contiguous_format)
+    rows, heads, length, width = query.shape
+    make = query.new_empty if covered == rows * length else query.new_zeros
+    # In memory token by token, which is how the kernels write and how the model's next layer reads.
+    out = make(rows, length, heads, width).transpose(1, 2)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=_wide(query)) if keep_lse else None
     for segment in plan.segments:
         inputs = _Inputs(query, key, value, plan, segment, turned_keys)
@@ -153,9 +158,13 @@ def _tile(
     out = lse = None
     for piece in pieces:
         q = inputs.queries(piece.span, begin, end)
+        if lse is not None and piece.shape == "full" and piece.last - piece.first <= _FEW:
+            out = out.to(_wide(out))  # type: ignore[union-attr]
+            _add_few(inputs, piece, q, begin, scaling, out, lse)
+            continue
         its_out, its_lse = _call(inputs, piece, q, begin, scaling)
         low, high = piece.begin - begin, piece.end - begin
-        if out is None and (low, high) == (0, end - begin):
+        if lse is None and (low, high) == (0, end - begin):
             out, lse = its_out, its_lse
             continue
         if out is None:
@@ -176,6 +185,29 @@ def _tile(
     return out, lse
 
 
+def _add_few(
+    inputs: _Inputs,
+    piece: Piece,
+    q: torch.Tensor,
+    begin: int,
+    scaling: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Merges a piece of a few keys, such as sinks, into a tile's output and log-sum-exp without a kernel."""
+    low, high = piece.begin - begin, piece.end - begin
+    k = inputs.keys(piece.span)[:, :, piece.first : piece.last]
+    v = inputs.value[:, :, piece.first : piece.last]
+    groups = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
+    scores = (q[:, :, low:high].to(out.dtype) @ k.to(out.dtype).transpose(-1, -2)).mul_(scaling)  # [rows, H, n, few]
+    before = lse[:, :, low:high]
+    whole = torch.logaddexp(before, scores.logsumexp(-1))
+    part = out[:, :, low:high].mul_(torch.exp(before - whole)[..., None])
+    part += torch.exp(scores - whole[..., None]) @ v.to(out.dtype)
+    before.copy_(whole)
+
+
 def _call(
     inputs: _Inputs, piece: Piece, q: torch.Tensor, begin: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,6 +221,11 @@ def _call(
     if piece.shape == "reversed":
         out, lse = _forward(q.flip(2), k.flip(2), v.flip(2), 0.0, True, scale=scaling)
         return out.flip(2), lse.flip(2)
+    if piece.shape == "full" and q.shape[2] <= _FEW:
+        # The heads of a group as rows of one, or the kernel would read the keys once for each of them.
+        packed = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [rows, Hk, groups * n, d]
+        out, lse = _forward(packed, k, v, 0.0, False, scale=scaling)
+        return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2), lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
     return _forward(q, k, v, 0.0, piece.shape == "causal", scale=scaling)
 
 
@@ -205,7 +242,8 @@ def _band(
         for x in (k, v)
     )
     out, lse = _forward(cuts, k, v, 0.0, False, attn_mask=_band_mask(inputs, size, width, q), scale=scaling)
-    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
+    # Cut after cut and token by token in memory, so this is a view.
+    return out.transpose(1, 2).flatten(0, 1).transpose(0, 1), lse.transpose(1, 2).flatten(0, 1).transpose(0, 1)
 
 
 def _band_mask(inputs: _Inputs, size: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -45,4 +45,5 @@ class SelfExtend(SpanMethod):
 
     def reach(self, rope: Rope) -> int:
         window = self.window or half(rope)
-        return self.group_size * (rope.trained_length - window) + window
+        # G (L0 - w) + w where groups divide the window
+        return self.group_size * (rope.trained_length - window + window // self.group_size)

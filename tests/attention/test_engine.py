@@ -1,0 +1,236 @@
+"""The tiled engine against the law, outputs and gradients; and the law against loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rope_scaling import (
+    AngleClip,
+    DualChunk,
+    DynamicNtk,
+    DynamicYarn,
+    LmInfinite,
+    LogN,
+    ReRope,
+    RopeGeometry,
+    SelfExtend,
+    SlidingWindow,
+    Span,
+    String,
+    WavePrune,
+    default_inv_freq,
+    relative_positions,
+)
+from rope_scaling.attention.plan import Plan, Segment
+from rope_scaling.attention.reference import reference_attention
+from rope_scaling.attention.rotary import Rotation, RotaryLayout
+from rope_scaling.attention.schedule import make_schedule
+from rope_scaling.attention.tiled import tiled_attention
+from rope_scaling.spans import Rope, plain
+
+
+L0, WIDTH = 64, 16
+GEOMETRY = RopeGeometry(rotary_dim=WIDTH, rope_theta=1e4, original_max_position_embeddings=L0)
+INV_FREQ = default_inv_freq(GEOMETRY).float()
+ROPE = Rope(GEOMETRY, INV_FREQ.double(), L0)
+METHODS = {
+    "window": SlidingWindow(window=100, num_sinks=3),
+    "narrow": SlidingWindow(window=5, num_sinks=2),
+    "lm_infinite": LmInfinite(window=300, num_sinks=20),
+    "rerope": ReRope(),
+    "self_extend": SelfExtend(window=50, group_size=7),
+    "dual_chunk": DualChunk(),
+    "string": String(),
+    "clip": AngleClip(),
+    "uniform": AngleClip(max_angle=math.pi),
+    "waveprune": WavePrune(),
+    "dynamic_ntk": DynamicNtk(steps=(1.0, 1.7, 4.0)),
+    "dynamic_yarn": DynamicYarn(),
+}
+
+
+def tensors(length, head_dim=24, rows=2, heads=4, groups=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(rows, heads, length, head_dim), *[(rows, heads // groups, length, head_dim)] * 2]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def by_model(x, layout, offset=0):
+    """Turned as a model turns it, in float32 angles."""
+    positions = torch.arange(x.shape[2]) + offset
+    rotation = Rotation.by((positions.float()[:, None] * INV_FREQ).double())
+    return x if rotation is None else rotation.apply(x, layout)
+
+
+def whole(length, rows=2, offset=0):
+    positions = torch.arange(length)
+    return [Segment(slice(0, rows), slice(0, length), slice(0, length), positions, positions, offset)]
+
+
+def plan(method, segments, layout, tile=None, **more):
+    made = Plan(method.spans(ROPE) if method else plain(), segments, layout, INV_FREQ, **more)
+    if tile:
+        for segment in segments:
+            made.memo["schedule", id(segment)] = make_schedule(segment, made.spans, tile)
+    return made
+
+
+LAYOUTS = [RotaryLayout(WIDTH), RotaryLayout(WIDTH, interleaved=True), RotaryLayout(WIDTH, start=8)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["halves", "neighbours", "last"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_law_is_the_definition(name, layout):
+    """Scores from relative angles, pair by pair, for vectors that nothing has turned."""
+    length, method = 150, METHODS[name]
+    q, k, v = tensors(length, rows=1)
+    angles = relative_positions(method, length, geometry=GEOMETRY, angles=True)
+    seen = ~torch.isnan(angles).all(-1) if name == "waveprune" else ~torch.isnan(angles[..., 0])
+    amplitude = torch.ones(length, length, WIDTH // 2, dtype=torch.float64)
+    for span in method.spans(ROPE):
+        positions = torch.arange(length)
+        inside = (positions >= span.first(positions)[:, None]) & (positions <= span.last(positions)[:, None])
+        if span.amplitude is not None:
+            amplitude[inside] = span.amplitude
+        if name == "waveprune":
+            seen |= inside
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    (q1, q2), (k1, k2) = layout.pairs(q, 0, WIDTH // 2), layout.pairs(k, 0, WIDTH // 2)
+    turns = angles.nan_to_num(0)
+    even = torch.einsum("bhmi,bhni,mni->bhmn", q1, k1, turns.cos() * amplitude)
+    even += torch.einsum("bhmi,bhni,mni->bhmn", q2, k2, turns.cos() * amplitude)
+    odd = torch.einsum("bhmi,bhni,mni->bhmn", q1, k2, turns.sin() * amplitude)
+    odd -= torch.einsum("bhmi,bhni,mni->bhmn", q2, k1, turns.sin() * amplitude)
+    turned = set(range(layout.start, layout.start + WIDTH))
+    still = [dimension for dimension in range(24) if dimension not in turned]
+    scores = even + odd + q[..., still] @ k[..., still].transpose(-1, -2)
+    wanted = torch.softmax((scores * 0.3).masked_fill(~seen, -math.inf), -1) @ v
+    (segment,) = whole(length, rows=1)
+    found = reference_attention(*tensors(length, rows=1), plan(method, [segment], layout, turned=False), 0.3)
+    assert torch.allclose(found, wanted, atol=1e-6)  # frequencies are float32
+
+
+@pytest.mark.parametrize(("length", "tile"), [(1, 2048), (2, 2048), (65, 2048), (301, 2048), (700, 96)])
+@pytest.mark.parametrize("name", [*METHODS, "plain"])
+def test_tiled_is_the_law(name, length, tile):
+    q, k, v = tensors(length)
+    q, k = (by_model(x, LAYOUTS[0]) for x in (q, k))
+    made = plan(METHODS.get(name), whole(length), LAYOUTS[0], tile)
+    found = tiled_attention(q, k, v, made, 0.3)
+    assert torch.allclose(found, reference_attention(q, k, v, made, 0.3), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float32_gradients_are_those_of_the_law(name):
+    length = 333
+    q, k, v = tensors(length, dtype=torch.float32)
+    sinks = torch.randn(4, requires_grad=True)
+    inputs = [x.requires_grad_() for x in (by_model(q, LAYOUTS[1]), by_model(k, LAYOUTS[1]), v)]
+    made = plan(METHODS[name], whole(length), LAYOUTS[1], 128, temperature=lambda m: LogN().scale(m, L0))
+    weights = torch.randn(q.shape)
+    one = torch.autograd.grad(tiled_attention(*inputs, made, 0.3, sinks=sinks), [*inputs, sinks], weights)
+    other = torch.autograd.grad(reference_attention(*inputs, made, 0.3, sinks=sinks), [*inputs, sinks], weights)
+    for found, wanted in zip(one, other, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_the_stock_kernel(dtype):
+    length = 400
+    exact = tensors(length, head_dim=32)
+    q, k, v = (x.to(dtype) for x in exact)
+    made = plan(None, whole(length), RotaryLayout(WIDTH), 128)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), is_causal=True, enable_gqa=True, scale=0.3
+    )
+    stock = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)
+    ours = tiled_attention(q, k, v, made, 0.3)
+    assert (ours - wanted).abs().max() <= 2 * (stock - wanted).abs().max()
+    clipped = plan(METHODS["rerope"], whole(length), RotaryLayout(WIDTH), 128)
+    error = tiled_attention(q, k, v, clipped, 0.3) - reference_attention(*exact, clipped, 0.3)
+    assert error.abs().max() < {torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
+
+
+def test_offsets_of_the_caller_do_not_matter():
+    """Positions that the caller counts from elsewhere turn queries and keys differently, to the same differences."""
+    q, k, v = tensors(200)
+    for name in ("rerope", "string", "self_extend", "dynamic_ntk", "clip"):
+        outs = []
+        for offset in (0, 37):
+            made = plan(METHODS[name], whole(200, offset=offset), LAYOUTS[0])
+            outs.append(tiled_attention(*(by_model(x, LAYOUTS[0], offset) for x in (q, k)), v, made, 0.3))
+        assert torch.allclose(*outs, atol=1e-4), name
+
+
+def test_rows_apart_and_rows_outside():
+    q, k, v = tensors(120, rows=3)
+    positions = torch.arange(50)
+    segments = [
+        Segment(slice(0, 1), slice(0, 50), slice(0, 50), positions, positions),
+        Segment(slice(0, 1), slice(50, 100), slice(50, 100), positions, positions),
+        Segment(slice(2, 3), slice(70, 120), slice(70, 120), positions, positions),
+    ]
+    made = plan(METHODS["rerope"], segments, LAYOUTS[0])
+    found = tiled_attention(q, k, v, made, 0.3)
+    assert torch.allclose(found, reference_attention(q, k, v, made, 0.3), atol=1e-12)
+    assert (found[1] == 0).all() and (found[0, :, 100:] == 0).all() and (found[2, :, :70] == 0).all()
+
+
+def test_what_no_kernel_does():
+    q, k, v = tensors(90)
+    made = plan(METHODS["rerope"], whole(90), LAYOUTS[0])
+    soft = reference_attention(q, k, v, made, 0.3, softcap=2.0)
+    assert torch.allclose(soft, reference_attention(q, k, v, made, 0.3, softcap=2.0, block_size=17), atol=1e-12)
+    assert not torch.allclose(soft, reference_attention(q, k, v, made, 0.3), atol=1e-3)
+    torch.manual_seed(0)
+    dropped = torch.stack([reference_attention(q, k, v, made, 0.3, dropout=0.2) for _ in range(400)])
+    assert (dropped[0] - dropped[1]).abs().max() > 0.1
+    assert torch.allclose(dropped.mean(0), reference_attention(q, k, v, made, 0.3), atol=0.2)
+
+
+@st.composite
+def intervals(draw):
+    """Disjoint intervals of any form that spans may have: ends that stand, advance or jump, never back."""
+    length = draw(st.integers(1, 60))
+    cut = draw(st.lists(st.integers(0, 3), min_size=length, max_size=length))
+    low = draw(st.lists(st.integers(0, 2), min_size=length, max_size=length))
+    middle, begin = [], []
+    for query in range(length):
+        middle.append(min((middle[-1] if middle else 0) + cut[query], query))
+        begin.append(min((begin[-1] if begin else 0) + low[query], middle[-1]))
+    return torch.tensor(begin), torch.tensor(middle)
+
+
+@settings(deadline=None, max_examples=200)
+@given(intervals(), st.sampled_from([7, 16, 2048]))
+def test_every_pair_of_query_and_key_is_in_exactly_one_piece(ends, tile):
+    begin, middle = ends
+    length = len(begin)
+    spans = [
+        Span(lambda m: middle[m], lambda m: m),
+        Span(lambda m: begin[m], lambda m: middle[m] - 1),
+    ]
+    (segment,) = whole(length)
+    schedule = make_schedule(segment, spans, tile)
+    count = torch.zeros(2, length, length, dtype=torch.long)
+    for first, last, pieces in schedule.tiles:
+        for piece in pieces:
+            assert first <= piece.begin < piece.end <= last
+            rows = torch.arange(piece.end - piece.begin)[:, None]
+            keys = torch.arange(piece.last - piece.first)
+            size = min(piece.cut, len(rows)) if piece.shape == "band" else len(rows)
+            width = len(keys) - (len(rows) - size)
+            inside = {
+                "full": rows >= 0,
+                "causal": keys <= rows,
+                "reversed": keys >= rows,
+                "band": (keys >= rows) & (keys <= rows + width - size),
+            }[piece.shape]
+            count[piece.span, piece.begin : piece.end, piece.first : piece.last] += inside.expand(-1, len(keys)).long()
+    keys = torch.arange(length)
+    assert torch.equal(count[0].bool(), (keys >= middle[:, None]) & (keys <= torch.arange(length)[:, None]))
+    assert torch.equal(count[1].bool(), (keys >= begin[:, None]) & (keys < middle[:, None]))
+    assert count.max() <= 1
