@@ -1,8 +1,8 @@
 """Decoding at a long context: tokens a second, stock and patched alternating token by token in one run.
 
-    python benchmarks/decode.py                # the shape of SmolLM2-135M with random weights: speed does not see them
-    python benchmarks/decode.py --record       # also rewrites benchmarks/results/decode.jsonl
-    python benchmarks/decode.py --streaming    # memory and time a token over 20,000 generated ones
+python benchmarks/decode.py                # the shape of SmolLM2-135M with random weights: speed does not see them
+python benchmarks/decode.py --record       # also rewrites benchmarks/results/decode.jsonl
+python benchmarks/decode.py --streaming    # memory and time a token over 20,000 generated ones
 """
 
 from __future__ import annotations

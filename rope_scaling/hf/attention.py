@@ -203,6 +203,10 @@ class Call:
         return turned_keys_of(self.cache.layers[layer], self.program)
 
 
+class UnheardError(RopeScalingError):
+    """Attention was called, and what the hook passes on did not reach it."""
+
+
 class DecoderHook:
     """A forward pre-hook on the decoder: reads the call, refuses what the engine cannot do, and passes it on."""
 
@@ -311,7 +315,7 @@ def span_attention(
     """
     call = kwargs.get(CALL)
     if call is None:
-        raise RopeScalingError(
+        raise UnheardError(
             f"{type(module).__name__} was called with the attention of a patched model, but its decoder is not "
             "patched. Two models that share one config object share its attention: load them separately, or give "
             "this one its own with `model.set_attn_implementation('sdpa')`."

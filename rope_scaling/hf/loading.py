@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.loud import is_loud
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
 
@@ -84,8 +85,10 @@ def from_pretrained(name: str | Path, **arguments: Any) -> torch.nn.Module:
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
         )
-    for key, value in check_record(record)["pretrained"].items():
-        setattr(config, key, copy.deepcopy(value))
+    pretrained = check_record(record)["pretrained"]
+    if is_loud(config):
+        for key, value in pretrained.items():
+            setattr(config, key, copy.deepcopy(value))
     return patch(_fetch(AutoModelForCausalLM.from_pretrained, name, config=config, **arguments).eval())
 
 

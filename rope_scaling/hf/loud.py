@@ -36,3 +36,8 @@ def fail_in_plain_transformers(
     finally:
         logger.setLevel(level)
     return {"rope_parameters": loud}
+
+
+def is_loud(config: Any) -> bool:
+    """Whether plain Transformers would refuse this config."""
+    return getattr(config, ACTIVATION_KEY, None) == MESSAGE or MESSAGE in str(getattr(config, "rope_parameters", ""))

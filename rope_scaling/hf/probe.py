@@ -14,7 +14,7 @@ import torch
 
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import CALL, NAME
+from rope_scaling.hf.attention import CALL, NAME, UnheardError
 
 
 _POSITIONS = (1, 5, 11)
@@ -83,6 +83,12 @@ def _run(decoder: Any, positions: tuple[int, ...], like: torch.Tensor) -> dict[i
             attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=like.device),
             use_cache=False,
         )
+    except UnheardError as error:
+        raise RopeScalingError(
+            f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
+            "cannot reach it. "
+            "Frequency methods work on it."
+        ) from error
     except Exception as error:
         raise RopeScalingError(
             f"{type(decoder).__name__} could not be run on a few vectors to see how it turns them: {error}"

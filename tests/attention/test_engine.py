@@ -26,7 +26,7 @@ from rope_scaling import (
 )
 from rope_scaling.attention.plan import Plan, Segment
 from rope_scaling.attention.reference import reference_attention
-from rope_scaling.attention.rotary import Rotation, RotaryLayout
+from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.attention.schedule import make_schedule
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.spans import Rope, plain

@@ -10,8 +10,8 @@ import pytest
 from conftest import make_model
 
 import rope_scaling
-from rope_scaling.cli.main import main
 from rope_scaling import METHODS
+from rope_scaling.cli.main import main
 from rope_scaling.hf.loading import load_tokenizer
 
 

@@ -33,12 +33,12 @@ def rerope(m, n, i, t, L0, window):
 
 def leaky_rerope(m, n, i, t, L0, window, slope):
     D = m - n
-    return (D if D < window else window + (D - window) / slope) * t
+    return (D if window > D else window + (D - window) / slope) * t
 
 
 def self_extend(m, n, i, t, L0, window, group_size):
     D = m - n
-    return (D if D < window else m // group_size - n // group_size + window - window // group_size) * t
+    return (D if window > D else m // group_size - n // group_size + window - window // group_size) * t
 
 
 def dual_chunk(m, n, i, t, L0, chunk_size, local_size):
@@ -54,7 +54,7 @@ def dual_chunk(m, n, i, t, L0, chunk_size, local_size):
 
 def string(m, n, i, t, L0, shift, window):
     D = m - n
-    return (D if D < shift else D - shift + window) * t
+    return (D if shift > D else D - shift + window) * t
 
 
 def angle_clip(m, n, i, t, L0, saturation_length=None, max_angle=None):

@@ -1,4 +1,4 @@
-"""Every span method against its definition, pair of positions by pair of positions; and what the definitions promise."""
+"""Every span method against its definition, position by position; and what the definitions promise."""
 
 import inspect
 import math
@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import distances
 
 import rope_scaling
+from references import distances
 from rope_scaling import AngleClip, RopeGeometry, RopeScalingError, SelfExtend, default_inv_freq, relative_positions
 from rope_scaling.spans import Rope
 from rope_scaling.spans.base import check_spans

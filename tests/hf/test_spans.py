@@ -1,0 +1,395 @@
+"""Patched attention in training, in other families, beside the host's own features; and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from conftest import TRAINED_LENGTH, apply, logits, make_model, strong, token_ids
+from transformers import AutoModelForCausalLM
+
+import rope_scaling
+from rope_scaling import (
+    Alternating,
+    AngleClip,
+    DualChunk,
+    DynamicNtk,
+    LogN,
+    ReRope,
+    RopeScalingError,
+    SelfExtend,
+    SlidingWindow,
+    Span,
+    SpanMethod,
+    Streaming,
+    Yarn,
+)
+from rope_scaling.hf.attention import NAME
+from span_cases import SPAN_CASES
+
+
+def close(one, other, tolerance=1e-4):
+    return torch.allclose(one, other, atol=tolerance, rtol=0)
+
+
+def other_family(name, **changes):
+    values = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": TRAINED_LENGTH,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**values | changes)).eval()
+
+
+OTHER_FAMILIES = {
+    "neighbours, part of the head": lambda: other_family("GlmConfig", head_dim=16, partial_rotary_factor=0.5),
+    "neighbours": lambda: other_family("CohereConfig"),
+    "some layers do not turn": lambda: other_family("SmolLM3Config"),
+    "part of the head": lambda: strong("phi"),
+    "learned sinks": lambda: other_family("GptOssConfig", head_dim=16, num_local_experts=4, sliding_window=32),
+    "soft-capped scores": lambda: make_model("gemma2", initializer_range=0.15, sliding_window=48),
+    "mixture of experts": lambda: other_family("Qwen2MoeConfig"),
+}
+
+
+def eager(model, ids):
+    model.set_attn_implementation("eager")
+    return logits(model, ids)
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_other_families_read_as_they_would_where_nothing_changes(name):
+    """A window as long as the text goes through the engine and must give the stock logits: layouts, partial heads,
+    layers of another kind, sinks and soft-capping included."""
+    model, ids = OTHER_FAMILIES[name](), token_ids(100, rows=2)
+    wanted = eager(model, ids)
+    rope_scaling.patch(model, SlidingWindow(window=100))
+    assert close(logits(model, ids), wanted)
+    rope_scaling.patch(model, DynamicNtk())  # inside the trained length nothing changes
+    assert close(logits(model, ids)[:, :TRAINED_LENGTH], wanted[:, :TRAINED_LENGTH])
+    rope_scaling.patch(model, ReRope(window=20))
+    assert not close(logits(model, ids), wanted, 1e-3)
+    rope_scaling.unpatch(model)
+    assert close(logits(model, ids), wanted)
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_other_families_in_steps(name):
+    model, ids = OTHER_FAMILIES[name](), token_ids(100)
+    rope_scaling.patch(model, SelfExtend(window=30, group_size=7))
+    wanted = logits(model, ids, use_cache=False)
+    cache, outs = None, []
+    for part in ids.split([40, 1, 1, 27, *[1] * 5, 26], dim=1):
+        with torch.no_grad():
+            out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        outs.append(out.logits)
+    assert close(torch.cat(outs, dim=1), wanted)
+
+
+def test_a_frozen_dynamic_method_is_the_static_one():
+    """Of the same arithmetic, through attention in place of the table."""
+    model, ids = strong("llama"), token_ids(200)
+    rope_scaling.patch(model, Yarn(factor=200 / TRAINED_LENGTH))
+    wanted = logits(model, ids)
+    rope_scaling.patch(model, rope_scaling.DynamicYarn().freeze(200))
+    assert close(logits(model, ids), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2-yarn"])
+def test_models_that_arrive_scaled_are_extended_from_what_they_read(family):
+    model = make_model(family, initializer_range=0.15)
+    reach = TRAINED_LENGTH * {"llama3.1": 8, "qwen2-yarn": 4}[family]
+    ids = token_ids(reach + 60)
+    plain = logits(model, ids)
+    rope_scaling.patch(model, DynamicNtk(steps=(1.0, 2.0)))
+    found = logits(model, ids)
+    assert close(found[:, :reach], plain[:, :reach]) and not close(found[:, reach:], plain[:, reach:], 1e-3)
+    rope_scaling.patch(model, DynamicNtk().freeze(2 * reach))
+    frozen = logits(model, ids)
+    rope_scaling.patch(model, "ntk", factor=2)
+    assert close(logits(model, ids), frozen)
+    rope_scaling.patch(model, AngleClip(saturation_length=reach))
+    assert close(logits(model, ids)[:, :reach], plain[:, :reach])
+
+
+def test_clip_at_the_trained_length_changes_nothing_inside_it_to_the_bit():
+    model, ids = strong("llama"), token_ids(150)
+    rope_scaling.patch(model, SlidingWindow(window=1000))  # the engine, with nothing else
+    plain = logits(model, ids[:, :TRAINED_LENGTH])
+    rope_scaling.patch(model, AngleClip(saturation_length=TRAINED_LENGTH))
+    assert torch.equal(logits(model, ids[:, :TRAINED_LENGTH]), plain)
+    assert close(logits(model, ids)[:, :TRAINED_LENGTH], plain)
+
+
+def grads(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("case", ["rerope+log_n", "angle_clip-uniform", "dual_chunk+window", "dynamic_yarn"])
+def test_gradients_through_checkpointing_autocast_and_packing(case, monkeypatch):
+    model, ids = apply(strong("llama"), case).train(), token_ids(150, rows=2)
+    ours = grads(model, ids)
+    from rope_scaling.hf import attention
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "tiled_attention", attention.reference_attention)
+        law = grads(model, ids)
+    assert all(close(ours[name], law[name]) for name in law) and len(ours) == len(law)
+    model.gradient_checkpointing_enable()
+    assert all(close(found, ours[name], 1e-6) for name, found in grads(model, ids).items())
+    model.gradient_checkpointing_disable()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = grads(model, ids)
+    scale = max(value.abs().max() for value in ours.values())
+    assert all(close(rough[name], ours[name], 0.15 * float(scale)) for name in ours)
+
+
+def test_attention_dropout_in_training():
+    model = apply(make_model("llama", attention_dropout=0.5, initializer_range=0.15), "rerope")
+    ids = token_ids(100)
+    still = logits(model, ids)
+    assert torch.equal(logits(model, ids), still)
+    model.train()
+    assert not close(logits(model, ids), logits(model, ids), 1e-2)
+    grads(model, ids)
+    model.gradient_checkpointing_enable()
+    grads(model, ids)
+
+
+def test_positions_that_skip_ahead_stay_in_their_document():
+    """As in PoSE, with or without a mask, with or without a cache to fill: always the same."""
+    model = apply(strong("llama"), "dynamic_ntk")
+    ids = token_ids(60)
+    positions = torch.cat([torch.arange(30), torch.arange(90, 120)])[None]
+    wanted = logits(model, ids, position_ids=positions)
+    assert torch.equal(logits(model, ids, position_ids=positions, use_cache=False), wanted)
+    assert torch.equal(logits(model, ids, position_ids=positions, attention_mask=torch.ones_like(ids)), wanted)
+    assert not close(wanted[:, 30:], logits(model, ids[:, 30:], position_ids=positions[:, 30:]), 1e-2)
+    assert close(wanted[:, :30], logits(model, ids[:, :30]))
+
+
+def test_padding_on_the_right():
+    model = apply(strong("llama"), "self_extend")
+    ids, mask = token_ids(100, rows=2), torch.ones(2, 100, dtype=torch.long)
+    alone = logits(model, ids[1:, :70])
+    mask[1, 70:] = 0
+    assert close(logits(model, ids, attention_mask=mask)[1:, :70], alone)
+
+
+def test_inputs_embeds_and_bare_decoders():
+    model = apply(strong("llama"), "rerope")
+    ids = token_ids(100)
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, logits(model, ids))
+        hidden = model.model(ids).last_hidden_state
+    bare = strong("llama").model
+    with torch.no_grad():
+        assert close(rope_scaling.patch(bare, "rerope")(ids).last_hidden_state, hidden)
+
+
+@pytest.mark.parametrize("case", ["dual_chunk", "yarn+window+llama4"])
+def test_copies_and_pickles_carry_the_patch(case):
+    model = apply(strong("llama"), case)
+    wanted = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert close(logits(other), wanted)
+        assert close(logits(rope_scaling.unpatch(other)), logits(strong("llama")))
+    assert close(logits(model), wanted)
+
+
+@pytest.mark.parametrize("case", SPAN_CASES)
+def test_goes_back_and_leaves_nothing(case):
+    model = strong("llama")
+    before, config = logits(model), model.config.to_json_string(use_diff=False)
+    with rope_scaling.patched(model, "yarn", factor=4):
+        outer = logits(model)
+        apply(model, case)
+        assert model.config._attn_implementation == NAME and "rope_scaling" in str(model.config.rope_parameters)
+        assert not torch.equal(logits(model), before)
+        rope_scaling.patch(model, "yarn", factor=4)
+        assert torch.equal(logits(model), outer)
+    assert torch.equal(logits(model), before)
+    assert model.config.to_json_string(use_diff=False) == config
+    assert model.config._attn_implementation == "sdpa" and not model.model._forward_pre_hooks
+
+
+def test_patched_nests():
+    model = strong("llama")
+    with rope_scaling.patched(model, ReRope()):
+        first = logits(model)
+        with rope_scaling.patched(model, DualChunk()):
+            assert not close(logits(model), first, 1e-3)
+        assert torch.equal(logits(model), first)
+
+
+def test_other_dtypes_and_peft():
+    from peft import LoraConfig, get_peft_model
+
+    model = apply(strong("llama"), "rerope")
+    wanted = logits(model)
+    assert close(logits(copy.deepcopy(model).to(torch.bfloat16)).float(), wanted, 0.2)
+    wrapped = get_peft_model(strong("llama"), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    rope_scaling.patch(wrapped, "rerope")
+    assert close(logits(wrapped), wanted)
+    wrapped.train()
+    wrapped(token_ids(100), labels=token_ids(100)).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in wrapped.named_parameters() if "lora_B" in n)
+
+
+def test_compiles_with_a_graph_break_at_attention():
+    model = apply(strong("llama"), "angle_clip")
+    wanted = logits(model)
+    compiled = torch.compile(model, backend="eager")
+    assert close(logits(compiled), wanted)
+    assert close(logits(compiled, token_ids(99)), logits(model, token_ids(99)))
+
+
+def test_a_patch_in_another_thread_or_model_is_not_seen():
+    one, other = apply(strong("llama"), "rerope"), apply(strong("qwen3"), "streaming")
+    first, second = logits(one), logits(other)
+    assert torch.equal(logits(one), first) and torch.equal(logits(other), second)
+
+
+class EveryOther(SpanMethod):
+    """Far keys at half their distance: a method of a user's own."""
+
+    def spans(self, rope):
+        near = Span(first=lambda m: (m - 31).clamp(min=0), last=lambda m: m)
+        far = Span(
+            first=lambda m: m * 0,
+            last=lambda m: m - 32,
+            query=rope.positions(lambda m: (m + 32) / 2),
+            key=rope.positions(lambda n: n / 2),
+        )
+        return [near, far]
+
+
+def test_a_method_of_ones_own():
+    model, ids = strong("llama"), token_ids(150)
+    rope_scaling.patch(model, rope_scaling.LeakyReRope(window=32, slope=2.0))
+    wanted = logits(model, ids)
+    rope_scaling.patch(model, EveryOther())
+    assert close(logits(model, ids), wanted)
+    assert "EveryOther()" in rope_scaling.describe(model).slots[0].method
+
+
+def own(*spans):
+    class Own(SpanMethod):
+        def spans(self, rope):
+            return list(spans)
+
+    return Own()
+
+
+def clip(low, high):
+    return Span(first=low, last=high)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (own(), "must be a list of one or more `Span`"),
+        (own(clip(lambda m: m * 0, lambda m: m), clip(lambda m: m - 5, lambda m: m - 3)), "spans 0 and 1 overlap at"),
+        (own(clip(lambda m: m * 0, lambda m: m + 1)), "span 0 reaches ahead of the query"),
+        (
+            own(clip(lambda m: m - m % 7, lambda m: m), clip(lambda m: m * 0, lambda m: m - 2 * (m % 7) - 1)),
+            "`last` of span 1 decrea",
+        ),
+        (own(clip(lambda m: m * 0, lambda m: m - 1)), "query 0 sees no key at all"),
+        (own(clip(lambda m: m / 2, lambda m: m)), "must give one whole position"),
+        (own(clip(lambda m: 0, lambda m: m)), "must give one whole position"),
+        (
+            own(Span(lambda m: m * 0, lambda m: m, query=lambda m: m[:, None] * 1.0)),
+            "an angle for each of the 8 pairs",
+        ),
+        (own(Span(lambda m: m * 0, lambda m: m, amplitude=torch.ones(3))), "one number for each of the 8 pairs"),
+    ],
+)
+def test_methods_of_ones_own_are_checked(method, message):
+    model = strong("llama")
+    before = logits(model)
+    with pytest.raises(RopeScalingError, match=message):
+        rope_scaling.patch(model, method)
+    assert torch.equal(logits(model), before) and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("methods", "arguments", "message"),
+    [
+        ([ReRope(), SelfExtend()], {}, "rerope and self_extend both decide the distances at which keys are seen"),
+        ([SlidingWindow(), Streaming()], {}, "sliding_window and streaming both decide which keys are seen"),
+        ([Yarn(factor=2), DynamicNtk()], {}, "yarn and dynamic_ntk both decide the frequencies"),
+        ([LogN(), LogN(length=9)], {}, "log_n and log_n both decide the temperature"),
+        (["yarn", ReRope()], {"factor": 2}, "A name stands for one method with its arguments"),
+        ([ReRope], {}, "must be a name such as 'yarn' or a method object"),
+        ([SelfExtend(group_size=2)], {"factor": 4}, "self_extend reaches 96 tokens on this model .* 256 are wanted"),
+        ([rope_scaling.String()], {"target_length": 100}, "string reaches 80 tokens .* 100 are wanted"),
+        ([Alternating(layer_kinds=("local",) * 3)], {}, "`layer_kinds` names 3 layers; this model has 2"),
+        (["self_extend"], {"window": 64}, "no room is left"),
+        (["rerop"], {}, "Unknown method 'rerop'. Did you mean 'rerope'"),
+        (["rerope"], {"windw": 3}, "Unknown argument of 'rerope': 'windw'. Did you mean 'window'"),
+    ],
+)
+def test_bad_patches(methods, arguments, message):
+    model = strong("llama")
+    before = logits(model)
+    with pytest.raises(RopeScalingError, match=message):
+        rope_scaling.patch(model, *methods, **arguments)
+    assert torch.equal(logits(model), before) and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_attentions": True}, "never holds its probabilities"),
+        ({"attention_mask": torch.ones(1, 1, 20, 20)}, r"1 for tokens and 0 for padding, with shape \(1, 20\); got"),
+        ({"attention_mask": torch.ones(1, 20)}, "got shape .*torch.float32"),
+        ({"attention_mask": torch.ones(1, 10, dtype=torch.long)}, r"with shape \(1, 20\); got shape \(1, 10\)"),
+        ({"attention_mask": torch.tensor([[1, 0] * 10])}, "masks tokens in the middle of row 0"),
+        ({"attention_mask": "causal"}, "must be a tensor of 1 for tokens and 0 for padding; got str"),
+        ({"position_ids": torch.arange(19)[None]}, "must be one row of 20 positions"),
+        ({"position_ids": torch.arange(20).repeat(3, 1, 1) + torch.arange(3)[:, None, None]}, "more than one axis"),
+    ],
+)
+def test_bad_calls(arguments, message):
+    model = apply(strong("llama"), "rerope")
+    with pytest.raises(RopeScalingError, match=message):
+        model(token_ids(20), **arguments)
+
+
+def test_models_whose_attention_cannot_be_reached():
+    model = other_family("StableLmConfig")
+    with pytest.raises(RopeScalingError, match="does not hand its keyword arguments on to its attention"):
+        rope_scaling.patch(model, "rerope")
+    assert model.config._attn_implementation == "sdpa"
+    rope_scaling.patch(model, "yarn", factor=2)  # frequencies do not need attention
+
+
+def test_a_model_that_shares_a_patched_models_config():
+    model = strong("llama")
+    other = type(model)(model.config)
+    rope_scaling.patch(model, "rerope")
+    with pytest.raises(RopeScalingError, match="share one config object"):
+        other(token_ids(20))
+
+
+def test_texts_beyond_the_reach_are_warned_of_once():
+    model = rope_scaling.patch(strong("llama"), SelfExtend(group_size=2))
+    with pytest.warns(UserWarning, match="120 tokens is beyond the reach of self_extend .* which is 96 tokens"):
+        logits(model, token_ids(120))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, token_ids(130))
