@@ -32,7 +32,7 @@ ALLOWED = {
     "demo": {"errors", "hf"},
     "recipes": {"__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf"},
     "eval": {"errors", "demo", "frequencies", "geometry", "hf", "methods", "temperatures", "version"},
-    "cli": {"errors", "frequencies", "hf", "methods"},
+    "cli": {"errors", "frequencies", "geometry", "hf", "methods", "relative"},
     "__init__": {
         *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),
     },

@@ -93,10 +93,10 @@ def _run(
                 whole = torch.logaddexp(tile_lse, column)
                 tile_out = tile_out * torch.exp(tile_lse - whole)[..., None]
                 tile_lse = whole
-            rows, where = segment.rows, slice(segment.queries.start + begin, segment.queries.start + end)
-            out[rows, :, where] = tile_out.to(out.dtype)
+            where = slice(segment.queries.start + begin, segment.queries.start + end)
+            out[segment.rows, :, where] = tile_out.to(out.dtype)
             if lse is not None:
-                lse[rows, :, where] = tile_lse
+                lse[segment.rows, :, where] = tile_lse
     return out, lse
 
 
@@ -158,8 +158,8 @@ def _tile(
     out = lse = None
     for piece in pieces:
         q = inputs.queries(piece.span, begin, end)
-        if lse is not None and piece.shape == "full" and piece.last - piece.first <= _FEW:
-            out = out.to(_wide(out))  # type: ignore[union-attr]
+        if out is not None and lse is not None and piece.shape == "full" and piece.last - piece.first <= _FEW:
+            out = out.to(_wide(out))
             _add_few(inputs, piece, q, begin, scaling, out, lse)
             continue
         its_out, its_lse = _call(inputs, piece, q, begin, scaling)

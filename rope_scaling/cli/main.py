@@ -1,4 +1,4 @@
-"""`rope-scaling evaluate | methods | describe`. Everything heavy loads when a command runs."""
+"""`rope-scaling evaluate | methods | describe | plot`. Everything heavy loads when a command runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from rope_scaling.cli import plot
 from rope_scaling.errors import RopeScalingError
 
 
@@ -19,6 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(plot.app)
 
 
 @app.command()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rope_scaling.attention.flex import flex_span_attention
 from rope_scaling.attention.plan import Plan
 from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.rotary import RotaryLayout
@@ -35,6 +36,8 @@ CALL = "rope_scaling_call"
 
 _KEPT_TURNED = 64
 """Calls of up to this many tokens keep turned keys beside the cache; for longer ones turning them costs nothing."""
+_FEW = 16
+"""Calls of up to this many tokens go through all scores at once on a GPU: they are few."""
 _BLOCK = 256
 """Queries at a time where no fused kernel serves (dropout, soft-capping, devices without one)."""
 
@@ -176,6 +179,8 @@ class Call:
     ) -> torch.Tensor:
         """Attention of one layer by the fastest engine that can do it, `[B, H, T, d]`."""
         plan = self.plan(layer)
+        if query.device.type == "cuda" and not dropout and self.length > _FEW:
+            return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
         if query.device.type != "cpu" or dropout or softcap is not None or value.shape[-1] != query.shape[-1]:
             more: dict[str, Any] = {"dropout": dropout, "softcap": softcap, "sinks": sinks, "block_size": _BLOCK}
             return reference_attention(query, key, value, plan, scaling, **more)

@@ -24,6 +24,7 @@ from rope_scaling import (
     default_inv_freq,
     relative_positions,
 )
+from rope_scaling.attention.flex import flex_span_attention
 from rope_scaling.attention.plan import Plan, Segment
 from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
@@ -152,6 +153,24 @@ def test_half_precision_is_as_exact_as_the_stock_kernel(dtype):
     clipped = plan(METHODS["rerope"], whole(length), RotaryLayout(WIDTH), 128)
     error = tiled_attention(q, k, v, clipped, 0.3) - reference_attention(*exact, clipped, 0.3)
     assert error.abs().max() < {torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
+
+
+@pytest.mark.parametrize("name", [*METHODS, "plain"])
+def test_flex_attention_is_the_law(name):
+    """By FlexAttention's dense form, which needs no GPU but has no gradients: spans, bounds, turns and merge."""
+    length = 150
+    q, k, v = tensors(length, rows=3, head_dim=32, dtype=torch.float32)
+    positions, late = torch.arange(length), torch.arange(100)
+    segments = [
+        Segment(slice(0, 2), slice(0, length), slice(0, length), positions, positions),
+        Segment(slice(2, 3), slice(50, length), slice(50, length), late, late, 50),
+    ]
+    sinks = torch.randn(4)
+    more = {"temperature": lambda m: LogN().scale(m, L0)} if name == "rerope" else {}
+    made = plan(METHODS.get(name), segments, LAYOUTS[0], **more)
+    soft = {"softcap": 3.0, "sinks": sinks}
+    found, wanted = (attend(q, k, v, made, 0.3, **soft) for attend in (flex_span_attention, reference_attention))
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_offsets_of_the_caller_do_not_matter():

@@ -33,6 +33,18 @@ def test_unpatch_gives_back_the_same_bits():
 
 
 @pytest.mark.parametrize("case", SPAN_CASES)
+def test_gradients_of_spans_on_a_gpu_are_those_of_a_cpu(case):
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = apply(strong("llama"), case).to(device)
+        ids = token_ids(150).to(device)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: parameter.grad.cpu() for name, parameter in model.named_parameters()})
+    for name, wanted in gradients[0].items():
+        assert torch.allclose(gradients[1][name], wanted, atol=1e-3), name
+
+
+@pytest.mark.parametrize("case", SPAN_CASES)
 def test_spans_on_a_gpu_are_those_of_a_cpu(case):
     model = apply(strong("llama"), case)
     ids = token_ids(150)

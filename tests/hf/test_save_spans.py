@@ -1,4 +1,5 @@
-"""A checkpoint whose patch lives in attention: refused by plain Transformers with the line to use, restored by ours."""
+"""A checkpoint whose patch lives in attention: refused by plain Transformers with the line to use, restored by
+ours."""
 
 import json
 import subprocess
