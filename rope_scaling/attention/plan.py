@@ -85,16 +85,23 @@ class Plan:
         offset: int,
         amplitude: torch.Tensor | None,
     ) -> Rotation | None:
-        # The model multiplies in float32 and rounds; the difference to what it did is taken in float64.
-        host = ((positions + offset).float()[:, None] * self.inv_freq).double()
-        if angles is None:
-            wanted = host if self.turned else positions.double()[:, None] * self.inv_freq.double()
-        else:
-            wanted, theirs = angles(positions), positions.double()[:, None] * self.inv_freq.double()
+        theirs_per_token = self.inv_freq.double()
+
+        def difference(begin: int, end: int) -> torch.Tensor:
+            its = positions[begin:end]
+            # The model multiplies in float32 and rounds; the difference to what it did is taken in float64.
+            host = ((its + offset).float()[:, None] * self.inv_freq).double()
+            theirs = its.double()[:, None] * theirs_per_token
+            if angles is None:
+                return theirs if not self.turned else torch.zeros_like(host)
+            wanted = angles(its)
+            if not self.turned:
+                return wanted
             # Only differences of angles count, so the offset goes to both sides; and pairs that the method leaves to
             # the model are left exactly.
-            wanted = torch.where(wanted == theirs, host, wanted + offset * self.inv_freq.double())
-        return Rotation.by(wanted - host if self.turned else wanted, amplitude)
+            return torch.where(wanted == theirs, 0.0, wanted + offset * theirs_per_token - host)
+
+        return Rotation.made(difference, len(positions), amplitude)
 
 
 def turn(x: torch.Tensor, rotation: Rotation | None, layout: RotaryLayout) -> torch.Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+
+_BLOCK = 1024
+"""Positions at a time, so that what is needed in between stays small and in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,30 @@ class Rotation:
     @staticmethod
     def by(angles: torch.Tensor, gain: torch.Tensor | None = None) -> Rotation | None:
         """The rotation by `angles` (`[T, R / 2]`, float64), or `None` if it leaves everything where it is."""
-        moved = (angles != 0).any(0)
-        if gain is not None:
+        return Rotation.made(lambda begin, end: angles[begin:end], len(angles), gain)
+
+    @staticmethod
+    def made(
+        angles: Callable[[int, int], torch.Tensor], length: int, gain: torch.Tensor | None = None
+    ) -> Rotation | None:
+        """The same from a function of `begin` and `end` that gives the angles of some positions, block by block."""
+        moved, blocks = None, []
+        for begin in range(0, length, _BLOCK):
+            block = angles(begin, min(begin + _BLOCK, length))
+            some = (block != 0).any(0)
+            moved = some if moved is None else moved | some
+            blocks.append((block.cos().float(), block.sin().float()))
+        if gain is not None and moved is not None:
             moved |= gain.cpu() != 1
-        if not moved.any():
+        if moved is None or not moved.any():
             return None
         pairs = moved.nonzero()
         low, high = int(pairs[0]), int(pairs[-1]) + 1
-        angles = angles[:, low:high]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (torch.cat([block[which][:, low:high] for block in blocks]) for which in (0, 1))
         if gain is not None:
-            cos, sin = cos * gain[low:high].cpu(), sin * gain[low:high].cpu()
-        return Rotation(cos.float(), sin.float(), low)
+            factor = gain[low:high].cpu().float()
+            cos, sin = cos * factor, sin * factor
+        return Rotation(cos, sin, low)
 
     def part(self, begin: int, end: int) -> Rotation:
         """The rotation at positions `begin .. end - 1`."""
@@ -68,10 +85,12 @@ class Rotation:
         """`x` (`[..., T, d]`) turned, in its own dtype; the arithmetic is float32 or better."""
         high = self.low + self.cos.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self.cos.to(wide), self.sin.to(wide)
         turned = x.clone()
-        one, two = (part.to(wide) for part in layout.pairs(x, self.low, high))
-        into_one, into_two = layout.pairs(turned, self.low, high)
-        into_one.copy_(torch.addcmul(one * cos, two, sin, value=-1))
-        into_two.copy_(torch.addcmul(two * cos, one, sin))
+        for begin in range(0, x.shape[-2], _BLOCK):
+            part = slice(begin, begin + _BLOCK)
+            cos, sin = self.cos[part].to(wide), self.sin[part].to(wide)
+            one, two = (pair.to(wide) for pair in layout.pairs(x[..., part, :], self.low, high))
+            into_one, into_two = layout.pairs(turned[..., part, :], self.low, high)
+            into_one.copy_(torch.addcmul(one * cos, two, sin, value=-1))
+            into_two.copy_(torch.addcmul(two * cos, one, sin))
         return turned

@@ -93,6 +93,7 @@ def _run(
                 whole = torch.logaddexp(tile_lse, column)
                 tile_out = tile_out * torch.exp(tile_lse - whole)[..., None]
                 tile_lse = whole
+            inputs.forget(begin)
             where = slice(segment.queries.start + begin, segment.queries.start + end)
             out[segment.rows, :, where] = tile_out.to(out.dtype)
             if lse is not None:
@@ -134,6 +135,12 @@ class _Inputs:
                 rotation = self.plan.key_rotation(self.segment, span)
                 self._keys[id(span.key)] = turn(self.key, rotation, self.plan.layout)
         return self._keys[id(span.key)]
+
+    def forget(self, begin: int) -> None:
+        """Lets go of turned keys that no tile after the one at `begin` needs."""
+        later = (pieces for first, _, pieces in schedule_of(self.plan, self.segment).tiles if first > begin)
+        needed = {id(self.plan.spans[piece.span].key) for pieces in later for piece in pieces}
+        self._keys = {name: keys for name, keys in self._keys.items() if name in needed}
 
     def queries(self, index: int, begin: int, end: int) -> torch.Tensor:
         """Queries `begin .. end - 1` (a tile) at the angles of span `index`, `[rows, H, end - begin, d]`."""
