@@ -3,7 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 REAL_MODEL ?= $(or $(ROPE_SCALING_REAL_MODEL),HuggingFaceTB/SmolLM2-135M-Instruct)
-REAL_DOCUMENTS ?= 6
+REAL_DOCUMENTS ?= 4
+REAL_DOCUMENTS_32K ?= 2
+REAL = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct --data python-reference --pieces \
+	--dtype bfloat16
+REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn string lm_infinite \
+	sliding_window sliding_window:num_sinks=4 linear ntk yarn mrrope_pro rerope+log_n self_extend+log_n angle_clip+log_n \
+	dual_chunk+log_n leaky_rerope streaming)
+REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn yarn mrrope_pro ntk)
 CONSTRAINTS ?= constraints.txt
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
@@ -28,12 +35,16 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/retrieval.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode.py --streaming
 
-real: $(VENV)/.dev ## the real model's table: 16k tokens, about three minutes a document on two cores
-	$(BIN)/rope-scaling evaluate --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct \
-		--data python-reference --pieces --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
-		--method linear --method ntk --method yarn --method mrrope_pro \
-		--dtype bfloat16 --output runs/smollm2-135m
+real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: two hours on two cores
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
+		$(REAL_METHODS) --output runs/smollm2-135m
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x --factor 4 \
+		$(REAL_METHODS_32K) --output runs/smollm2-135m-32k
+	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
 
 smoke: $(VENV)/.dev ## the wheel, built and used from an empty folder

@@ -1,6 +1,7 @@
 """What an evaluation costs: the pass at 8x against a bare chunked forward over the same tokens, and its peak memory.
 
     python benchmarks/evaluation.py
+    python benchmarks/evaluation.py --real     # passes over 16,384 tokens of the model in ROPE_SCALING_REAL_MODEL
 
 Time: both alternate in one run on one machine; the ratio is of medians. Memory: peak resident size of one process for
 each length, of the evaluation and of one call with all logits, on a model with a vocabulary of 49,152.
@@ -9,16 +10,19 @@ each length, of the evaluation and of one call with all logits, on a model with 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
 import torch
 
+import rope_scaling
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.hf.loading import load_model
 
@@ -33,7 +37,8 @@ def main() -> None:
         print(peak(sys.argv[2], int(sys.argv[3])))
         return
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    rows = [{**row, "versions": versions} for row in (time_ratio(), *memory())]
+    measured = spans_on_a_real_model() if "--real" in sys.argv else [time_ratio(), *memory()]
+    rows = [{**row, "versions": versions} for row in measured]
     for row in rows:
         print(
             "  ".join(
@@ -44,7 +49,38 @@ def main() -> None:
         )
     if "--record" in sys.argv:
         RESULTS.parent.mkdir(exist_ok=True)
+        old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+        new = {row["what"] for row in rows}
+        rows = [row for row in old if row["what"] not in new] + rows
         RESULTS.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+
+
+def spans_on_a_real_model(pairs: int = 3) -> list[dict]:
+    """An evaluation's pass over 16,384 tokens, patched and stock in turns."""
+    model = load_model(os.environ["ROPE_SCALING_REAL_MODEL"], dtype="bfloat16")
+    ids = torch.randint(2, 40000, (1, 16384), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for name in ("self_extend", "angle_clip", "sliding_window"):
+        stock, patched = [], []
+        for i in range(pairs):
+            for is_patched in (False, True) if i % 2 else (True, False):
+                with rope_scaling.patched(model, name) if is_patched else nullcontext():
+                    started = time.perf_counter()
+                    nll_curve(model, ids, 2048)
+                    (patched if is_patched else stock).append(time.perf_counter() - started)
+        rows.append(
+            {
+                "what": f"whole pass, {name}",
+                "tokens": ids.shape[1],
+                "chunk_size": 2048,
+                "stock_ms": 1000 * median(stock),
+                "patched_ms": 1000 * median(patched),
+                "ratio": median(patched) / median(stock),
+                "pairs": pairs,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return rows
 
 
 def time_ratio(pairs: int = 20) -> dict:

@@ -9,24 +9,34 @@ from pathlib import Path
 
 import pytest
 
+from rope_scaling import METHODS
 from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import read_rows
-from rope_scaling.frequencies import METHODS
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SPANS = (ROOT / "docs" / "spans.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+DEMO = repr(str(ROOT / "rope_scaling" / "demo" / "model"))
 
 
 def test_python_blocks_run_in_order(tmp_path):
     """As one program, from an empty folder, with the embedded model in the place of the one on the hub."""
     program = "\n".join(code for language, code in BLOCKS if language == "python")
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in program
-    replaced = program.replace(
-        '"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(ROOT / "rope_scaling" / "demo" / "model"))
-    )
+    replaced = program.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', DEMO)
     done = subprocess.run([sys.executable, "-c", replaced], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guide_to_spans_runs_too(tmp_path):
+    program = "\n".join(code for language, code in re.findall(r"```(\w+)\n(.*?)```", SPANS, flags=re.DOTALL))
+    load = f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({DEMO})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", load + program], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -50,19 +60,31 @@ def test_make_targets_exist():
     assert set(re.findall(r"`?make (\w+)", README)) <= targets
 
 
+def numbers_of(line):
+    return re.findall(r"\d\.\d", line)
+
+
 def test_tables_are_those_of_the_committed_rows():
-    """Every line of the tables made from rows stands in the README to the letter."""
-    for folder in ("demo", "smollm2-135m"):
-        for line in markdown_tables(read_rows(ROOT / "docs" / "results" / folder / "rows.jsonl")).splitlines():
-            if line.startswith("|") and "---" not in line:
-                assert line in README, f"{folder}: {line}"
+    """Every line made from rows stands in docs/results.md to the letter, and the README shows no others."""
+    made = set()
+    for folder in sorted((ROOT / "docs" / "results").iterdir()):
+        if folder.is_dir():
+            table = markdown_tables(read_rows(folder / "rows.jsonl"))
+            lines = {line for line in table.splitlines() if line.startswith("|") and "---" not in line}
+            assert not [line for line in lines if line not in RESULTS], folder
+            made |= lines
+    hero = README.split("reproduced by `make real`")[1].split("![Loss")[0]
+    shown = [line for line in hero.splitlines() if line.startswith("|") and numbers_of(line)]
+    assert len(shown) > 8 and not [line for line in shown if line not in made]
 
 
 def test_benchmark_numbers_are_those_of_the_committed_rows():
     for file in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
         for row in map(json.loads, file.read_text().splitlines()):
-            if "ratio" in row:
-                assert f"{row['ratio']:.3f}" in README, row
+            for ratio in ("ratio", "tokens_per_second_ratio", "log_probability"):
+                if ratio in row:
+                    digits = 2 if ratio == "log_probability" else 3
+                    assert f"{row[ratio]:.{digits}f}" in README + RESULTS, row
 
 
 def test_every_method_has_a_line_with_its_paper():
@@ -70,11 +92,13 @@ def test_every_method_has_a_line_with_its_paper():
         (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
         assert cls.paper in line
         assert f"| {cls.needs_training} |" in line
+        assert cls.changes in line
 
 
 def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+    for folder, text in ((ROOT, README), (ROOT / "docs", RESULTS), (ROOT / "docs", SPANS)):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+            assert (folder / target).exists(), target
 
 
 def test_length():

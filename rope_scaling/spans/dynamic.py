@@ -59,8 +59,12 @@ class Dynamic(SpanMethod):
     def at(self, factor: float) -> FrequencyMethod:
         """The static method for a step."""
 
+    def begins(self, rope: Rope) -> int:
+        """The length in tokens that `steps` are factors of."""
+        return rope.trained_length
+
     def spans(self, rope: Rope) -> list[Span]:
-        trained = rope.trained_length
+        trained = self.begins(rope)
         if self.length is not None:
             return [self._step(rope, max(self.length / trained, 1.0), 0, None)]
         ends = [round(trained * step) for step in self.steps]
@@ -68,7 +72,7 @@ class Dynamic(SpanMethod):
         return [self._step(rope, factor, begin, end) for factor, begin, end in ranges]
 
     def reach(self, rope: Rope) -> int:
-        return self.length or round(rope.trained_length * self.steps[-1])
+        return self.length or round(self.begins(rope) * self.steps[-1])
 
     def frequencies(self, rope: Rope, factor: float) -> tuple[torch.Tensor, float] | None:
         """Frequencies (float64) and attention factor of a step; `None` for those in effect."""
@@ -169,6 +173,10 @@ class DynamicLongRope(Dynamic):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
+
+    def begins(self, rope: Rope) -> int:
+        # Of a model that arrives with both lists, the length before any scaling; that is where its switch lies.
+        return rope.geometry.original_max_position_embeddings
 
     def at(self, factor: float) -> FrequencyMethod:
         return LongRope(long_factor=self.long_factor, factor=self.factor, attention_factor=self.attention_factor)

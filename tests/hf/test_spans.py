@@ -121,6 +121,25 @@ def test_models_that_arrive_scaled_are_extended_from_what_they_read(family):
     assert close(logits(model, ids)[:, :reach], plain[:, :reach])
 
 
+def test_a_model_that_arrives_with_two_lists_switches_by_position():
+    """Phi-3's way: Transformers switches all of a call, and leaves what lies in a cache behind."""
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + 0.6 * i for i in range(8)]}
+    arrived = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    arrived["original_max_position_embeddings"] = TRAINED_LENGTH
+    model = make_model(
+        "phi3", initializer_range=0.15, max_position_embeddings=4 * TRAINED_LENGTH, rope_parameters=arrived
+    )
+    ids = token_ids(150)
+    short = logits(model, ids[:, :TRAINED_LENGTH])
+    rope_scaling.patch(model, rope_scaling.DynamicLongRope(factor=4.0, **factors))
+    whole = logits(model, ids)
+    assert close(whole[:, :TRAINED_LENGTH], short)
+    with torch.no_grad():
+        cache = model(ids[:, :50], use_cache=True).past_key_values
+        assert close(model(ids[:, 50:], past_key_values=cache).logits, whole[:, 50:])
+    assert model.config.max_position_embeddings == 4 * TRAINED_LENGTH
+
+
 def test_clip_at_the_trained_length_changes_nothing_inside_it_to_the_bit():
     model, ids = strong("llama"), token_ids(150)
     rope_scaling.patch(model, SlidingWindow(window=1000))  # the engine, with nothing else
