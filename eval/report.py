@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +131,20 @@ def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    figure = Figure(figsize=(10, max(5.6, 0.22 * len(curves))), layout="constrained")
     axes = figure.subplots()
     longest = max(len(curve) for values in curves.values() for curve in values)
     edges = np.unique(np.geomspace(max(trained_length / 8, 2), longest, 28).astype(int))
-    colours = iter(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    # Every colour once with each kind of line, so that no number of methods runs out of them.
+    styles = product(("-", "-.", ":"), colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    looks = cycle({"linestyle": line, "color": colour} for line, colour in styles)
     last = {}
     for label, values in curves.items():
         positions, losses = _binned(values, edges)
-        style: dict[str, Any] = {"color": "black", "linewidth": 2.5} if label == UNPATCHED else {"linewidth": 1.4}
-        style |= {"color": "black", "linestyle": "--", "linewidth": 2} if label == CROPPING else {}
-        axes.plot(positions, losses, label=label, **({"color": next(colours)} | style))
+        style: dict[str, Any] = {"linewidth": 1.4}
+        if label in (UNPATCHED, CROPPING):
+            style = {"color": "black", "linestyle": "-" if label == UNPATCHED else "--", "linewidth": 2.2}
+        axes.plot(positions, losses, label=label, **(next(looks) | style))
         last[label] = losses[-1]
     axes.axvline(trained_length, color="grey", linestyle=":")
     axes.annotate(

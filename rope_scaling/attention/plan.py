@@ -71,6 +71,23 @@ class Plan:
             self.memo[key] = self._rotation(span.key, positions, segment.offset, None)
         return self.memo[key]
 
+    def step(self, segment: Segment, before: Span, span: Span, of_query: bool) -> Rotation | None:
+        """From the angles of an earlier span to those of one that differs from it in a few pairs."""
+        key = ("step", of_query, id(segment), id(before.query), id(span.query), id(before.key), id(span.amplitude))
+        if key not in self.memo:
+            one, other = (before.query, span.query) if of_query else (before.key, span.key)
+            positions = segment.positions if of_query else segment.key_positions
+            gain = None
+            if of_query and span.amplitude is not None and before.amplitude is not None:
+                gain = torch.where(before.amplitude == span.amplitude, 1.0, span.amplitude / before.amplitude)
+
+            def difference(begin: int, end: int) -> torch.Tensor:
+                its = positions[begin:end]
+                return self._angles(other, its, segment.offset) - self._angles(one, its, segment.offset)
+
+            self.memo[key] = Rotation.made(difference, len(positions), gain)
+        return self.memo[key]
+
     def query_gain(self, segment: Segment) -> torch.Tensor | None:
         """What the temperature multiplies every query with, `[T]`, float64; `None` for 1."""
         if self.temperature is None:
@@ -85,23 +102,26 @@ class Plan:
         offset: int,
         amplitude: torch.Tensor | None,
     ) -> Rotation | None:
-        theirs_per_token = self.inv_freq.double()
-
         def difference(begin: int, end: int) -> torch.Tensor:
             its = positions[begin:end]
-            # The model multiplies in float32 and rounds; the difference to what it did is taken in float64.
-            host = ((its + offset).float()[:, None] * self.inv_freq).double()
-            theirs = its.double()[:, None] * theirs_per_token
-            if angles is None:
-                return theirs if not self.turned else torch.zeros_like(host)
-            wanted = angles(its)
             if not self.turned:
-                return wanted
-            # Only differences of angles count, so the offset goes to both sides; and pairs that the method leaves to
-            # the model are left exactly.
-            return torch.where(wanted == theirs, 0.0, wanted + offset * theirs_per_token - host)
+                return its.double()[:, None] * self.inv_freq.double() if angles is None else angles(its)
+            # What the model did is taken off in float64.
+            return self._angles(angles, its, offset) - self._angles(None, its, offset)
 
         return Rotation.made(difference, len(positions), amplitude)
+
+    def _angles(
+        self, angles: Callable[[torch.Tensor], torch.Tensor] | None, positions: torch.Tensor, offset: int
+    ) -> torch.Tensor:
+        """The angles of a span, `[T, R / 2]`; of pairs that it leaves to the model those of the model to the bit."""
+        # The model multiplies in float32 and rounds.
+        host = ((positions + offset).float()[:, None] * self.inv_freq).double()
+        if angles is None:
+            return host
+        wanted, per_token = angles(positions), self.inv_freq.double()
+        # Only differences of angles count, so the offset goes to both sides.
+        return torch.where(wanted == positions.double()[:, None] * per_token, host, wanted + offset * per_token)
 
 
 def turn(x: torch.Tensor, rotation: Rotation | None, layout: RotaryLayout) -> torch.Tensor:

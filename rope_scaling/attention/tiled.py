@@ -131,6 +131,9 @@ class _Inputs:
         if id(span.key) not in self._keys:
             if self.turned_keys is not None:
                 self._keys[id(span.key)] = self.turned_keys(self.segment, span, self.key)
+            elif span.after is not None and id(span.after.key) in self._keys:
+                rotation = self.plan.step(self.segment, span.after, span, of_query=False)
+                self._keys[id(span.key)] = turn(self._keys[id(span.after.key)], rotation, self.plan.layout)
             else:
                 rotation = self.plan.key_rotation(self.segment, span)
                 self._keys[id(span.key)] = turn(self.key, rotation, self.plan.layout)
@@ -148,7 +151,12 @@ class _Inputs:
             self._tile, self._queries = (begin, end), {}
         span = self.plan.spans[index]
         name = id(span.query), id(span.amplitude)
-        if name not in self._queries:
+        before = span.after and (id(span.after.query), id(span.after.amplitude))
+        if name not in self._queries and span.after is not None and before in self._queries:
+            rotation = self.plan.step(self.segment, span.after, span, of_query=True)
+            part = rotation.part(begin, end) if rotation else None
+            self._queries[name] = turn(self._queries[before], part, self.plan.layout)
+        elif name not in self._queries:
             turned = self.query[:, :, begin:end]
             rotation = self.plan.query_rotation(self.segment, span)
             turned = turn(turned, rotation.part(begin, end) if rotation else None, self.plan.layout)

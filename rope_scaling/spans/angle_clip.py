@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -93,11 +93,12 @@ def _bands(rope: Rope, angles: torch.Tensor) -> list[Span]:
     """One span for every set of saturated pairs: pair `i` saturates at distance `angles[i] / inv_freq[i]`."""
     distances = saturation_distances(rope, angles)
     limits = sorted({int(distance) for distance in distances.tolist() if distance != math.inf and distance > 0})
-    spans = []
+    spans: list[Span] = []
     for nearest, farthest in zip([0, *limits], [*limits, None], strict=True):
         held = distances <= nearest
         if held.any():
-            spans.append(_saturated(rope, held, angles, nearest, farthest))
+            before = spans[-1] if spans and spans[-1].query else None
+            spans.append(replace(_saturated(rope, held, angles, nearest, farthest), after=before))
         else:
             spans.append(within(farthest) if farthest else Span(torch.zeros_like, causal))
     return spans

@@ -36,6 +36,8 @@ class Span:
     """Angles of the key; `None` for those of the model."""
     amplitude: torch.Tensor | None = None
     """What every pair's part of the score is multiplied with, `[R / 2]`; 0 takes a pair out. `None` for 1."""
+    after: Span | None = None
+    """An earlier span of the list with these angles but for a few pairs; the engine then turns those pairs alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +123,11 @@ def within(window: int) -> Span:
     return Span(first=lambda m: (m - window + 1).clamp(min=0), last=causal)
 
 
-def beyond(window: int, query: Angles | None = None, key: Angles | None = None, **more: torch.Tensor | None) -> Span:
+def beyond(
+    window: int, query: Angles | None = None, key: Angles | None = None, amplitude: torch.Tensor | None = None
+) -> Span:
     """Every key at a distance of `window` or more."""
-    return Span(first=beginning, last=lambda m: m - window, query=query, key=key, **more)
+    return Span(first=beginning, last=lambda m: m - window, query=query, key=key, amplitude=amplitude)
 
 
 def compose(spans: list[Span], windows: list[Span]) -> list[Span]:
@@ -138,6 +142,7 @@ def _intersect(one: Span, other: Span) -> Span:
         query=one.query or other.query,
         key=one.key or other.key,
         amplitude=other.amplitude if one.amplitude is None else one.amplitude,
+        after=one.after or other.after,
     )
 
 

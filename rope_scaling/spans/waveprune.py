@@ -34,15 +34,17 @@ class WavePrune(SpanMethod):
         # The first distance at which a pair no longer counts; the small term keeps a whole number of turns in.
         gone = torch.floor(2 * math.pi * self.alpha / rope.inv_freq + 1e-9) + 1
         limits = sorted({int(distance) for distance in gone.tolist() if distance != math.inf})
-        return [
-            _band(nearest, farthest, (gone > nearest).double())
-            for nearest, farthest in zip([0, *limits], [*limits, None], strict=True)
-        ]
+        spans: list[Span] = []
+        for nearest, farthest in zip([0, *limits], [*limits, None], strict=True):
+            before = spans[-1] if spans and spans[-1].amplitude is not None else None
+            spans.append(_band(nearest, farthest, (gone > nearest).double(), before))
+        return spans
 
 
-def _band(nearest: int, farthest: int | None, amplitude: torch.Tensor) -> Span:
+def _band(nearest: int, farthest: int | None, amplitude: torch.Tensor, before: Span | None) -> Span:
     return Span(
         first=torch.zeros_like if farthest is None else lambda m: (m - farthest + 1).clamp(min=0),
         last=(lambda m: m - nearest) if nearest else causal,
         amplitude=None if bool((amplitude == 1).all()) else amplitude,
+        after=before,
     )

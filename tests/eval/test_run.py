@@ -279,6 +279,13 @@ def test_every_method_is_swept_by_default():
     assert "longrope" not in {spec.method for spec in default_methods("demo", 4.0)}
 
 
+def test_a_plot_of_more_methods_than_there_are_colours(finished, tmp_path):
+    _, curves, _ = finished
+    many = {f"method {index}": curves[0].values for index in range(70)}
+    plot_curves(many, 64, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
 def test_tables_and_plot(finished, tmp_path):
     rows, curves, _ = finished
     text = markdown_tables(rows)
