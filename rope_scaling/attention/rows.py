@@ -158,7 +158,8 @@ def _unmasked(rows: int, total: int, mask: torch.Tensor | None) -> list[tuple[in
     """First slot and last slot + 1 of every row's tokens."""
     if mask is None:
         return [(0, total)] * rows
-    if mask.ndim != 2 or mask.shape[0] not in (1, rows) or mask.shape[1] < total or mask.is_floating_point():
+    odd = mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all())
+    if mask.ndim != 2 or mask.shape[0] not in (1, rows) or mask.shape[1] < total or odd:
         raise RopeScalingError(
             f"`attention_mask` must be 1 for tokens and 0 for padding, with shape {(rows, total)}; got shape "
             f"{tuple(mask.shape)}, {mask.dtype}. What a query sees beyond that, the method decides."

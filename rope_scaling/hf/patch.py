@@ -197,7 +197,6 @@ def _apply(
         )
     programs = make_programs(model, slots, patches, wanted) if in_attention else {}
     target = max(change.target_length for change in patches.values())
-    target = max([target, *_reaches(programs, target)])
     if not wanted.spans:
         _warn_of_windows(config, target)
     after["max_position_embeddings"] = target
@@ -231,11 +230,6 @@ def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original
     if same and extension.attention_factor == pretrained.attention_factor:
         raise RopeScalingError(f"{wanted.frequency} changes nothing on this model: every frequency stays as it is.")
     return Patch(wanted.frequency, own_target, pretrained, extension)
-
-
-def _reaches(programs: dict[str, SpanProgram], target: int) -> list[int]:
-    """How far span methods of finite reach go: what the config then states as the length."""
-    return [program.reach for program in programs.values() if program.reach is not None and program.reach > target]
 
 
 def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[str, Any]) -> None:

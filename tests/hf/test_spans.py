@@ -373,7 +373,7 @@ def test_bad_patches(methods, arguments, message):
     [
         ({"output_attentions": True}, "never holds its probabilities"),
         ({"attention_mask": torch.ones(1, 1, 20, 20)}, r"1 for tokens and 0 for padding, with shape \(1, 20\); got"),
-        ({"attention_mask": torch.ones(1, 20)}, "got shape .*torch.float32"),
+        ({"attention_mask": torch.full((1, 20), -100.0)}, "got shape .*torch.float32"),
         ({"attention_mask": torch.ones(1, 10, dtype=torch.long)}, r"with shape \(1, 20\); got shape \(1, 10\)"),
         ({"attention_mask": torch.tensor([[1, 0] * 10])}, "masks tokens in the middle of row 0"),
         ({"attention_mask": "causal"}, "must be a tensor of 1 for tokens and 0 for padding; got str"),

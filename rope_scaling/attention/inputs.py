@@ -1,0 +1,103 @@
+"""A segment's tensors as its kernel calls need them: turned for each span, and the masks of bands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rope_scaling.attention.plan import Plan, Segment, turn
+from rope_scaling.attention.schedule import Schedule, make_schedule
+from rope_scaling.spans import Span
+
+
+TurnedKeys = Callable[[Segment, Span, torch.Tensor], torch.Tensor]
+"""Gives a segment's keys at the angles of a span, of at least as many keys as the span reaches."""
+
+
+def schedule_of(plan: Plan, segment: Segment) -> Schedule:
+    """The kernel calls of a segment, made once for all layers that share the plan."""
+    key = ("schedule", id(segment))
+    if key not in plan.memo:
+        plan.memo[key] = make_schedule(segment, plan.spans)
+    return plan.memo[key]
+
+
+class Inputs:
+    """A segment's tensors, turned for each span once."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        segment: Segment,
+        turned_keys: TurnedKeys | None = None,
+    ):
+        self.plan, self.segment = plan, segment
+        self.query = query[segment.rows, :, segment.queries]
+        self.key = key[segment.rows, :, segment.keys]
+        self.value = value[segment.rows, :, segment.keys]
+        self.gain = plan.query_gain(segment)
+        self.turned_keys = turned_keys
+        self._keys: dict[int, torch.Tensor] = {}
+        self._queries: dict[tuple[int, int], torch.Tensor] = {}
+        self._tile = (-1, -1)
+
+    def keys(self, index: int) -> torch.Tensor:
+        """Keys at the angles of span `index`, `[rows, Hk, S, d]`."""
+        span = self.plan.spans[index]
+        if span.key is None:
+            return self.key
+        if id(span.key) not in self._keys:
+            if self.turned_keys is not None:
+                self._keys[id(span.key)] = self.turned_keys(self.segment, span, self.key)
+            elif span.after is not None and id(span.after.key) in self._keys:
+                rotation = self.plan.step(self.segment, span.after, span, of_query=False)
+                self._keys[id(span.key)] = turn(self._keys[id(span.after.key)], rotation, self.plan.layout)
+            else:
+                rotation = self.plan.key_rotation(self.segment, span)
+                self._keys[id(span.key)] = turn(self.key, rotation, self.plan.layout)
+        return self._keys[id(span.key)]
+
+    def forget(self, begin: int) -> None:
+        """Lets go of turned keys that no tile after the one at `begin` needs."""
+        later = (pieces for first, _, pieces in schedule_of(self.plan, self.segment).tiles if first > begin)
+        needed = {id(self.plan.spans[piece.span].key) for pieces in later for piece in pieces}
+        self._keys = {name: keys for name, keys in self._keys.items() if name in needed}
+
+    def queries(self, index: int, begin: int, end: int) -> torch.Tensor:
+        """Queries `begin .. end - 1` (a tile) at the angles of span `index`, `[rows, H, end - begin, d]`."""
+        if self._tile != (begin, end):
+            self._tile, self._queries = (begin, end), {}
+        span = self.plan.spans[index]
+        name = id(span.query), id(span.amplitude)
+        before = span.after and (id(span.after.query), id(span.after.amplitude))
+        if name not in self._queries and span.after is not None and before in self._queries:
+            rotation = self.plan.step(self.segment, span.after, span, of_query=True)
+            part = rotation.part(begin, end) if rotation else None
+            self._queries[name] = turn(self._queries[before], part, self.plan.layout)
+        elif name not in self._queries:
+            turned = self.query[:, :, begin:end]
+            rotation = self.plan.query_rotation(self.segment, span)
+            turned = turn(turned, rotation.part(begin, end) if rotation else None, self.plan.layout)
+            if self.gain is not None:
+                turned = (turned * self.gain[begin:end, None].to(turned.device)).to(turned.dtype)
+            self._queries[name] = turned
+        return self._queries[name]
+
+
+def band_mask(inputs: Inputs, size: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Query `i` of a cut sees the keys from `i` on, all but `size - 1` of them; additive, `[1, 1, size, width]`."""
+    key = ("mask", size, width, like.dtype)
+    if key not in inputs.plan.memo:
+        ahead = torch.arange(width) - torch.arange(size)[:, None]
+        mask = torch.where((ahead >= 0) & (ahead <= width - size), 0.0, -torch.inf)
+        inputs.plan.memo[key] = mask.to(like.dtype)[None, None]
+    return inputs.plan.memo[key]
+
+
+def wide(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype to merge and accumulate in: float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
