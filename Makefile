@@ -9,8 +9,8 @@ REAL = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct --
 	--dtype bfloat16
 REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn string lm_infinite \
 	sliding_window sliding_window:num_sinks=4 linear ntk yarn mrrope_pro rerope+log_n self_extend+log_n angle_clip+log_n \
-	dual_chunk+log_n leaky_rerope streaming)
-REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn yarn mrrope_pro ntk)
+	dual_chunk+log_n)
+REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n)
 CONSTRAINTS ?= constraints.txt
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)

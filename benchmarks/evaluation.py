@@ -60,7 +60,7 @@ def spans_on_a_real_model(pairs: int = 3) -> list[dict]:
     model = load_model(os.environ["ROPE_SCALING_REAL_MODEL"], dtype="bfloat16")
     ids = torch.randint(2, 40000, (1, 16384), generator=torch.Generator().manual_seed(0))
     rows = []
-    for name in ("self_extend", "angle_clip", "sliding_window"):
+    for name in ("self_extend", "angle_clip"):
         stock, patched = [], []
         for i in range(pairs):
             for is_patched in (False, True) if i % 2 else (True, False):

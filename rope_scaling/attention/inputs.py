@@ -46,19 +46,22 @@ class Inputs:
         self._tile = (-1, -1)
 
     def keys(self, index: int) -> torch.Tensor:
-        """Keys at the angles of span `index`, `[rows, Hk, S, d]`."""
-        span = self.plan.spans[index]
+        """Keys at the angles of span `index`, up to the last it reaches, `[rows, Hk, S, d]`."""
+        plan, span = self.plan, self.plan.spans[index]
         if span.key is None:
             return self.key
         if id(span.key) not in self._keys:
+            reach = schedule_of(plan, self.segment).reach(plan.spans, span.key)
             if self.turned_keys is not None:
-                self._keys[id(span.key)] = self.turned_keys(self.segment, span, self.key)
+                turned = self.turned_keys(self.segment, span, self.key)
             elif span.after is not None and id(span.after.key) in self._keys:
-                rotation = self.plan.step(self.segment, span.after, span, of_query=False)
-                self._keys[id(span.key)] = turn(self._keys[id(span.after.key)], rotation, self.plan.layout)
+                step = plan.step(self.segment, span.after, span, of_query=False)
+                before = self._keys[id(span.after.key)][:, :, :reach]
+                turned = turn(before, step.part(0, before.shape[2]) if step else None, plan.layout)
             else:
-                rotation = self.plan.key_rotation(self.segment, span)
-                self._keys[id(span.key)] = turn(self.key, rotation, self.plan.layout)
+                rotation = plan.key_rotation(self.segment, span, 0, reach)
+                turned = turn(self.key[:, :, :reach], rotation, plan.layout)
+            self._keys[id(span.key)] = turned
         return self._keys[id(span.key)]
 
     def forget(self, begin: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rope_scaling.attention.plan import Segment
-from rope_scaling.spans import Span
+from rope_scaling.spans import Angles, Span
 
 
 TILE = 2048
@@ -50,6 +50,11 @@ class Schedule:
     """The kernel calls of a segment, tile by tile: first query, last query + 1, pieces."""
 
     tiles: list[tuple[int, int, list[Piece]]]
+
+    def reach(self, spans: list[Span], key: Angles | None) -> int:
+        """How many keys the spans that turn them by `key` reach."""
+        pieces = (piece for _, _, tile in self.tiles for piece in tile)
+        return max((piece.last for piece in pieces if spans[piece.span].key is key), default=0)
 
 
 def make_schedule(segment: Segment, spans: list[Span], tile: int = TILE) -> Schedule:

@@ -19,6 +19,8 @@ from rope_scaling.attention.schedule import Piece
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
+_MANY = 2048
+"""Keys of a call that are worth halving for it."""
 _FEW = 16
 """Queries of a call that are few enough for reading the keys to be what takes the time, as in decoding."""
 
@@ -162,9 +164,21 @@ def _call(
     if piece.shape == "full" and q.shape[2] <= _FEW:
         # The heads of a group as rows of one, or the kernel would read the keys once for each of them.
         packed = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [rows, Hk, groups * n, d]
-        out, lse = _forward(packed, k, v, 0.0, False, scale=scaling)
+        out, lse = _in_halves(packed, k, v, scaling)
         return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2), lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
     return _forward(q, k, v, 0.0, piece.shape == "causal", scale=scaling)
+
+
+def _in_halves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Few queries against many keys: the halves of the keys as a batch of two, for every core to have work."""
+    count = k.shape[2]
+    if len(q) > 1 or count < _MANY or count % 2:
+        return _forward(q, k, v, 0.0, False, scale=scaling)
+    halves = (x[0].unflatten(1, (2, count // 2)).transpose(0, 1) for x in (k, v))
+    out, lse = _forward(q.expand(2, -1, -1, -1), *halves, 0.0, False, scale=scaling)
+    share = torch.sigmoid(lse[1] - lse[0])[None, ..., None]
+    out = out.to(wide(out))
+    return torch.lerp(out[:1], out[1:], share), torch.logaddexp(lse[:1], lse[1:])
 
 
 def _band(

@@ -134,7 +134,9 @@ def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescri
     pretrained = change.pretrained
     rope_type = change.extension.rope_parameters["rope_type"]
     program = applied.programs.get(slot.path.rpartition(".")[0])
-    reach = "" if program is None or program.reach is None else f"; reaches {program.reach} tokens"
+    reach = ""
+    if program is not None and program.methods:
+        reach = "; any length" if program.reach is None else f"; reaches {program.reach} tokens"
     reload = f"plain Transformers reloads it, as rope_type {rope_type!r}"
     if program is not None:
         reload = "plain Transformers refuses it; rope_scaling.from_pretrained loads it"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.loud import is_loud
+from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
 
@@ -79,7 +79,8 @@ def from_pretrained(name: str | Path, **arguments: Any) -> torch.nn.Module:
     from rope_scaling.hf.patch import patch
 
     name = str(name)
-    config = arguments.pop("config", None) or _fetch(AutoConfig.from_pretrained, name)
+    with unwarned():
+        config = arguments.pop("config", None) or _fetch(AutoConfig.from_pretrained, name)
     record = getattr(config, RECORD_KEY, None)
     if record is None:
         raise RopeScalingError(

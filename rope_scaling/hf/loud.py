@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rope_scaling.hf.pretrained import config_with
@@ -26,16 +28,24 @@ def fail_in_plain_transformers(
     loud = copy.deepcopy(parameters)
     for slot in slots:
         loud = slot.with_part(loud, {**slot.part_of(loud), "rope_type": MESSAGE})
-    logger = logging.getLogger("transformers.modeling_rope_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of every type that it has no check for
     try:
-        config_with(slots[0], loud, max_position_embeddings)
+        with unwarned():
+            config_with(slots[0], loud, max_position_embeddings)
     except Exception:  # whatever the config class raises for a type that it does not take
         return {"rope_parameters": parameters, ACTIVATION_KEY: MESSAGE}
+    return {"rope_parameters": loud}
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Without Transformers' warning of every RoPE type that it has no check for."""
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-    return {"rope_parameters": loud}
 
 
 def is_loud(config: Any) -> bool:

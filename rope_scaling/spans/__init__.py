@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rope_scaling.spans.alternating import Alternating
 from rope_scaling.spans.angle_clip import AngleClip
-from rope_scaling.spans.base import Rope, Span, SpanMethod, compose, plain
+from rope_scaling.spans.base import Angles, Rope, Span, SpanMethod, compose, plain
 from rope_scaling.spans.dual_chunk import DualChunk
 from rope_scaling.spans.dynamic import Dynamic, DynamicLinear, DynamicLongRope, DynamicNtk, DynamicYarn
 from rope_scaling.spans.leaky_rerope import LeakyReRope
@@ -39,6 +39,7 @@ __all__ = [
     "SPAN_METHODS",
     "Alternating",
     "AngleClip",
+    "Angles",
     "DualChunk",
     "Dynamic",
     "DynamicLinear",

@@ -82,3 +82,10 @@ def test_numbers_are_read_back_from_the_module(llama):
     (slot,) = rope_scaling.describe(llama).slots
     assert torch.equal(slot.inv_freq, torch.full((8,), 0.5))
     assert repr(rope_scaling.describe(llama)) == "<Description of LlamaForCausalLM: yarn(factor=4)>"
+
+
+def test_spans_and_their_reach(llama, capsys):
+    text = described(rope_scaling.patch(llama, rope_scaling.SelfExtend(group_size=4), rope_scaling.LogN()), capsys)
+    assert "self_extend(group_size=4) + log_n()" in text and "reaches 160 tokens" in text
+    assert "plain Transformers refuses it; rope_scaling.from_pretrained loads it" in text
+    assert "any length" in described(rope_scaling.patch(llama, "rerope"), capsys)
