@@ -33,8 +33,7 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['model']:36s} {row['what']:8s} stock {row['stock_ms']:9.2f} ms  patched "
-            f"{row['patched_ms']:9.2f} ms  "
-            f"ratio {row['ratio']:.3f}"
+            f"{row['patched_ms']:9.2f} ms  ratio {row['ratio']:.3f}"
         )
     if "--record" in sys.argv:
         RESULTS.parent.mkdir(exist_ok=True)

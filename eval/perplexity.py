@@ -107,7 +107,7 @@ def check_static(model: torch.nn.Module) -> None:
         if "dynamic" in slot.rope_type or varies:
             raise RopeScalingError(
                 f"`rope_type` {slot.rope_type!r} of this model changes its frequencies with the length of the "
-                "call, while keys "
-                "in the cache keep the old ones: one pass over a document would measure neither. Load it with static "
-                "frequencies (`rope_parameters` with rope_type 'default'), and patch it with a static method."
+                "call, while keys in the cache keep the old ones: one pass over a document would measure neither. "
+                "Load it with static frequencies (`rope_parameters` with rope_type 'default'), and patch it with a "
+                "static method."
             )

@@ -34,8 +34,7 @@ class RopeGeometry:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise RopeScalingError(
                 "The rotary width must be even and at least 2, because dimensions turn in pairs; got "
-                f"{self.rotary_dim}. "
-                "Check `head_dim` and `partial_rotary_factor` in the model's config."
+                f"{self.rotary_dim}. Check `head_dim` and `partial_rotary_factor` in the model's config."
             )
         check_number("rope_theta", self.rope_theta, above=1.0)
         check_length("original_max_position_embeddings", self.original_max_position_embeddings)

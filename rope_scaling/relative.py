@@ -50,8 +50,7 @@ def relative_positions(
     if not isinstance(made, SpanMethod):
         raise RopeScalingError(
             f"{getattr(made, 'name', made)!r} is no method of spans: every query sees every key at its true "
-            "distance, or "
-            "is scaled as a whole."
+            "distance, or is scaled as a whole."
         )
     if geometry is None:
         trained = check_length("trained_length", trained_length or max(length // 2, 1))

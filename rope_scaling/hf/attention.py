@@ -7,9 +7,8 @@ process carry different patches.
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rope_scaling.attention.flex import flex_span_attention
 from rope_scaling.attention.plan import Plan
 from rope_scaling.attention.reference import reference_attention
-from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.attention.rows import Document, KeyStore, read_documents, segment
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
-from rope_scaling.spans import Rope, Span, SpanMethod, compose, plain
-from rope_scaling.spans.base import check_spans, within
-from rope_scaling.temperatures import Temperature
+from rope_scaling.hf.program import SpanProgram
 
 
 NAME = "rope_scaling"
@@ -42,108 +38,6 @@ _BLOCK = 256
 """Queries at a time where no fused kernel serves (dropout, soft-capping, devices without one)."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """What a patch has to know of one decoder layer."""
-
-    rope: Rope | None
-    """`None` for a layer that turns nothing."""
-    layout: RotaryLayout
-    scaled: bool
-    """Whether the patch is for this layer; others keep their attention."""
-    sliding_window: int | None
-    """The model's own window."""
-
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """What layers that attend alike share."""
-
-    spans: list[Span]
-    inv_freq: torch.Tensor
-    layout: RotaryLayout
-    temperature: Any
-    retained: tuple[int, int] | None
-
-
-class SpanProgram:
-    """A patch's methods, worked out for every layer of one model."""
-
-    def __init__(self, methods: tuple[SpanMethod, ...], temperature: Temperature | None, layers: list[Layer]):
-        self.methods, self.temperature, self.layers = methods, temperature, layers
-        self.reach = self._reach()
-        self._warned = False
-        self._work_out()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Spans hold functions; they are made again from the methods.
-        return {name: value for name, value in vars(self).items() if name not in ("kinds", "kind_of")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._work_out()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpanProgram:
-        return self  # nothing in it changes, and copies of a model carry the same patch
-
-    def _work_out(self) -> None:
-        self.kinds: dict[Hashable, Kind] = {}
-        self.kind_of: list[Hashable] = []
-        for index, layer in enumerate(self.layers):
-            own = tuple(method.layer_kind(layer.rope, index) for method in self.methods) if layer.rope else ()
-            name = (id(layer.rope), layer.scaled, layer.sliding_window, own)
-            if name not in self.kinds:
-                self.kinds[name] = self._kind(layer, index)
-            self.kind_of.append(name)
-
-    def _kind(self, layer: Layer, index: int) -> Kind:
-        """Intersects the methods with each other and with the model's own window."""
-        spans, retained, rope = plain(), None, layer.rope
-        inv_freq = torch.zeros(layer.layout.rotary_dim // 2) if rope is None else rope.inv_freq.float()
-        if layer.scaled:
-            known = rope or self._some_rope()
-            for method in self.methods:
-                its_spans = method.layer_spans(known, index)
-                check_spans(its_spans, method.name, known)
-                spans = compose(spans, its_spans)
-                retained = method.layer_retained(known, index) or retained
-        if rope is None:
-            spans = [Span(span.first, span.last) for span in spans]
-        if layer.sliding_window:
-            spans = compose(spans, [within(layer.sliding_window)])
-        temperature = _Scale(self.temperature, self._some_rope().trained_length) if self.temperature else None
-        return Kind(spans, inv_freq, layer.layout, temperature if layer.scaled else None, retained)
-
-    def _some_rope(self) -> Rope:
-        return next(layer.rope for layer in self.layers if layer.rope is not None and layer.scaled)
-
-    def _reach(self) -> int | None:
-        reaches = [method.reach(self._some_rope()) for method in self.methods]
-        return min((reach for reach in reaches if reach is not None), default=None)
-
-    def warn_beyond_reach(self, longest: int) -> None:
-        """Says once that a text is longer than the methods were made for."""
-        if self.reach is not None and longest > self.reach and not self._warned:
-            self._warned = True
-            names = ", ".join(method.name or type(method).__name__ for method in self.methods)
-            warnings.warn(
-                f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
-                f"{self.reach} tokens: the model meets distances it was not trained on.",
-                stacklevel=2,
-            )
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """A temperature with the trained length filled in."""
-
-    temperature: Temperature
-    trained_length: int
-
-    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
-        return self.temperature.scale(positions, self.trained_length)
-
-
 class Call:
     """One forward call of a patched decoder, as every layer's attention sees it."""
 
@@ -152,9 +46,6 @@ class Call:
         self.cache: Any = None
         self.past = 0
         self._plans: dict[Hashable, Plan] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
-        return self
 
     def plan(self, layer: int) -> Plan:
         """Spans and positions of a layer; made once for all layers alike."""
@@ -220,10 +111,11 @@ class DecoderHook:
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        inputs = kwargs.get("input_ids") if args == () else args[0]
+        kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
-            return args, kwargs  # the model's own error says what is missing
+            return (), kwargs  # the model's own error says what is missing
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise RopeScalingError(
                 "`output_attentions=True`: a patched model's attention never holds its probabilities. `unpatch` the "
@@ -234,7 +126,6 @@ class DecoderHook:
         past = int(cache.get_seq_length()) if cache is not None else 0
         documents = read_documents(rows, length, past, kwargs.get("position_ids"), _mask_of(kwargs))
         self.program.warn_beyond_reach(max((int(d.positions[-1]) + 1 for d in documents), default=0))
-        kwargs = dict(kwargs)
         if not all(document.contiguous for document in documents):
             if cache is not None:
                 raise RopeScalingError(
@@ -254,7 +145,7 @@ class DecoderHook:
             for layer in cache.layers[: len(self.program.layers)]:
                 turned_keys_of(layer, self.program).begin(layer, past)
         kwargs[CALL] = call
-        return args, kwargs
+        return (), kwargs
 
     def _cache(self, module: Any, cache: Any, kwargs: dict[str, Any], documents: list[Document]) -> Any:
         """The call's cache, one whose layers forget where the methods allow it and nothing is in it yet."""

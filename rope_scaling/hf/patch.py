@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig
 from rope_scaling.errors import RopeScalingError, check_length
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.attention import SpanProgram, install, installed, remove
+from rope_scaling.hf.attention import install, installed, remove
+from rope_scaling.hf.decoders import make_programs
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
 from rope_scaling.hf.loud import ACTIVATION_KEY, fail_in_plain_transformers
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, host_frequencies, pretrained_settings, read_pretrained
-from rope_scaling.hf.programs import make_programs
+from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record

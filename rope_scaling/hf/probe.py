@@ -86,8 +86,7 @@ def _run(decoder: Any, positions: tuple[int, ...], like: torch.Tensor) -> dict[i
     except UnheardError as error:
         raise RopeScalingError(
             f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
-            "cannot reach it. "
-            "Frequency methods work on it."
+            "cannot reach it. Frequency methods work on it."
         ) from error
     except Exception as error:
         raise RopeScalingError(
@@ -123,6 +122,5 @@ def _layout(
                         return index, layout
     raise RopeScalingError(
         f"Layer {layer} turns queries and keys in a way that this library does not know: neither halves nor "
-        "neighbours "
-        f"of {', '.join(str(2 * len(inv_freq)) for inv_freq in inv_freqs)} dimensions."
+        f"neighbours of {', '.join(str(2 * len(inv_freq)) for inv_freq in inv_freqs)} dimensions."
     )

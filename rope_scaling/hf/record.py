@@ -42,8 +42,7 @@ def method_from_record(record: Any) -> Method:
     if record["name"] not in METHODS:
         raise RopeScalingError(
             f"Unknown method {record['name']!r} in the config's record of the patch. If it is "
-            "your own, add "
-            f"it first: `rope_scaling.METHODS[{record['name']!r}] = YourMethod`."
+            f"your own, add it first: `rope_scaling.METHODS[{record['name']!r}] = YourMethod`."
         )
     return make_method(record["name"], **{key: _made(value) for key, value in record.items() if key != "name"})
 

@@ -52,8 +52,7 @@ class Alternating(SpanMethod):
         if rope.num_layers is not None and len(self.layer_kinds) != rope.num_layers:
             raise RopeScalingError(
                 f"`layer_kinds` names {len(self.layer_kinds)} layers; this model has {rope.num_layers}. Give "
-                "one each, "
-                "or `global_every`."
+                "one each, or `global_every`."
             )
         return self.layer_kinds[layer]
 

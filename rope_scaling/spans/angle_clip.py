@@ -69,8 +69,7 @@ class AngleClip(SpanMethod):
         if not slow.any():
             raise RopeScalingError(
                 f"No pair of this model has a wavelength beyond {window} tokens, so `angle_clip` would change "
-                "nothing. "
-                "Give a smaller `saturation_length`, or `max_angle`."
+                "nothing. Give a smaller `saturation_length`, or `max_angle`."
             )
         return [within(window), _saturated(rope, slow, window * rope.inv_freq, window, None)]
 

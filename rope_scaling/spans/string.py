@@ -44,8 +44,7 @@ class String(SpanMethod):
         if window > shift:
             raise RopeScalingError(
                 f"`window` is {window} and `shift` {shift}: keys would be pushed away, not drawn nearer. Give "
-                "a window "
-                "of at most the shift."
+                "a window of at most the shift."
             )
         amplitude = torch.full_like(rope.inv_freq, self.attention_factor**2) if self.attention_factor != 1 else None
         near = within(shift)

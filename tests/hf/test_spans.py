@@ -215,6 +215,10 @@ def test_inputs_embeds_and_bare_decoders():
     bare = strong("llama").model
     with torch.no_grad():
         assert close(rope_scaling.patch(bare, "rerope")(ids).last_hidden_state, hidden)
+        mask = torch.ones_like(ids)
+        mask[:, :30] = 0
+        by_name = bare(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(bare(ids, mask).last_hidden_state, by_name) and not close(by_name, hidden)
 
 
 @pytest.mark.parametrize("case", ["dual_chunk", "yarn+window+llama4"])

@@ -11,10 +11,10 @@ from torch import nn
 from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
-from rope_scaling.hf.attention import Layer, SpanProgram
 from rope_scaling.hf.extend import closed_form
 from rope_scaling.hf.pretrained import Pretrained, factor_of
 from rope_scaling.hf.probe import probe_layouts
+from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.resolve import Resolved
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.spans import Rope
@@ -54,9 +54,8 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     if odd := sorted({kind for kind in types if kind is not None} - _KNOWN_LAYERS):
         raise RopeScalingError(
-            f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot "
-            "express. Frequency "
-            "methods work on it."
+            f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot express. "
+            "Frequency methods work on it."
         )
     layouts = probe_layouts(decoder, [slot.inv_freq for slot in slots])
     ropes = {index: _rope(slot, patches, wanted, config) for index, slot in enumerate(slots)}
@@ -75,10 +74,8 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
         names = " with ".join(method.name or type(method).__name__ for method in wanted.spans)
         raise RopeScalingError(
             f"{names} reaches {program.reach} tokens on this model with these settings, and "
-            f"{wanted.target_length} are "
-            "wanted. Give settings that reach further (larger groups, a steeper slope, a smaller window), or a "
-            "smaller "
-            "target."
+            f"{wanted.target_length} are wanted. Give settings that reach further (larger groups, a steeper slope, a "
+            "smaller window), or a smaller target."
         )
     return program
 

@@ -1,0 +1,117 @@
+"""A patch's methods worked out for every layer of one model: its spans, and what layers that attend alike share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.spans import Rope, Span, SpanMethod, compose, plain
+from rope_scaling.spans.base import check_spans, within
+from rope_scaling.temperatures import Temperature
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a patch has to know of one decoder layer."""
+
+    rope: Rope | None
+    """`None` for a layer that turns nothing."""
+    layout: RotaryLayout
+    scaled: bool
+    """Whether the patch is for this layer; others keep their attention."""
+    sliding_window: int | None
+    """The model's own window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What layers that attend alike share."""
+
+    spans: list[Span]
+    inv_freq: torch.Tensor
+    layout: RotaryLayout
+    temperature: Any
+    retained: tuple[int, int] | None
+
+
+class SpanProgram:
+    """A patch's methods, worked out for every layer of one model."""
+
+    def __init__(self, methods: tuple[SpanMethod, ...], temperature: Temperature | None, layers: list[Layer]):
+        self.methods, self.temperature, self.layers = methods, temperature, layers
+        self.reach = self._reach()
+        self._warned = False
+        self._work_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spans hold functions; they are made again from the methods.
+        return {name: value for name, value in vars(self).items() if name not in ("kinds", "kind_of")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._work_out()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpanProgram:
+        return self  # nothing in it changes, and copies of a model carry the same patch
+
+    def _work_out(self) -> None:
+        self.kinds: dict[Hashable, Kind] = {}
+        self.kind_of: list[Hashable] = []
+        for index, layer in enumerate(self.layers):
+            own = tuple(method.layer_kind(layer.rope, index) for method in self.methods) if layer.rope else ()
+            name = (id(layer.rope), layer.scaled, layer.sliding_window, own)
+            if name not in self.kinds:
+                self.kinds[name] = self._kind(layer, index)
+            self.kind_of.append(name)
+
+    def _kind(self, layer: Layer, index: int) -> Kind:
+        """Intersects the methods with each other and with the model's own window."""
+        spans, retained, rope = plain(), None, layer.rope
+        inv_freq = torch.zeros(layer.layout.rotary_dim // 2) if rope is None else rope.inv_freq.float()
+        if layer.scaled:
+            known = rope or self._some_rope()
+            for method in self.methods:
+                its_spans = method.layer_spans(known, index)
+                check_spans(its_spans, method.name, known)
+                spans = compose(spans, its_spans)
+                retained = method.layer_retained(known, index) or retained
+        if rope is None:
+            spans = [Span(span.first, span.last) for span in spans]
+        if layer.sliding_window:
+            spans = compose(spans, [within(layer.sliding_window)])
+        temperature = _Scale(self.temperature, self._some_rope().trained_length) if self.temperature else None
+        return Kind(spans, inv_freq, layer.layout, temperature if layer.scaled else None, retained)
+
+    def _some_rope(self) -> Rope:
+        return next(layer.rope for layer in self.layers if layer.rope is not None and layer.scaled)
+
+    def _reach(self) -> int | None:
+        reaches = [method.reach(self._some_rope()) for method in self.methods]
+        return min((reach for reach in reaches if reach is not None), default=None)
+
+    def warn_beyond_reach(self, longest: int) -> None:
+        """Says once that a text is longer than the methods were made for."""
+        if self.reach is not None and longest > self.reach and not self._warned:
+            self._warned = True
+            names = ", ".join(method.name or type(method).__name__ for method in self.methods)
+            warnings.warn(
+                f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
+                f"{self.reach} tokens: the model meets distances it was not trained on.",
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A temperature with the trained length filled in."""
+
+    temperature: Temperature
+    trained_length: int
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        return self.temperature.scale(positions, self.trained_length)
