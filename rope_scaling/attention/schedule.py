@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -60,17 +61,39 @@ class Schedule:
 def make_schedule(segment: Segment, spans: list[Span], tile: int = TILE) -> Schedule:
     """Cuts every span of a segment; each pair of query and key that a span holds is in exactly one piece."""
     length = len(segment.positions)
-    starts = range(0, length, tile)
-    tiles: list[tuple[int, int, list[Piece]]] = [(start, min(start + tile, length), []) for start in starts]
-    for index, span in enumerate(spans):
-        first, last = segment.bounds(span)
-        for begin, end in _runs(first, last, tile):
-            tiles[begin // tile][2].extend(_pieces(index, begin, end, first, last))
+    bounds = [segment.bounds(span) for span in spans]
+    opening = _opening(bounds)
+    edges = [*([0] if opening else []), *range(opening, length, tile), length]
+    tiles: list[tuple[int, int, list[Piece]]] = [(begin, end, []) for begin, end in pairwise(edges)]
+    for index, (first, last) in enumerate(bounds):
+        for begin, end in _runs(first, last):
+            at = bisect_right(edges, begin) - 1
+            while begin < end:
+                stop = min(end, edges[at + 1])
+                tiles[at][2].extend(_pieces(index, begin, stop, first, last))
+                begin, at = stop, at + 1
     return Schedule(tiles)
 
 
-def _runs(first: torch.Tensor, last: torch.Tensor, tile: int) -> Iterator[tuple[int, int]]:
-    """Runs of queries that see something, over which both ends keep their pace, none across a tile's edge."""
+def _opening(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """How many queries, from the first on, see everything before them through one span and nothing through others.
+
+    They go through one call of the kernel that the model itself would use, and get the very bits that it would give.
+    """
+    length = len(bounds[0][0])
+    positions, plain, others = torch.arange(length), [], []
+    for first, last in bounds:
+        seen = first <= last
+        plain.append(seen & (first == 0) & (last == positions))
+        others.append(seen & ~plain[-1])
+    alone = (torch.stack(plain).sum(0) == 1) & ~torch.stack(others).any(0)
+    # All through the same span: the one that the first query is in.
+    alone &= plain[int(torch.stack(plain)[:, 0].int().argmax())]
+    return length if bool(alone.all()) else int((~alone).int().argmax())
+
+
+def _runs(first: torch.Tensor, last: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Runs of queries that see something, over which both ends keep their pace."""
     if len(first) == 1:
         if int(first) <= int(last):
             yield 0, 1
@@ -85,8 +108,7 @@ def _runs(first: torch.Tensor, last: torch.Tensor, tile: int) -> Iterator[tuple[
             after = bisect_right(changes, begin)
             same_until = changes[after] if after < len(changes) else len(first) - 1
             end = min(same_until + 1, stop) if begin < len(pace) and bool(even[begin]) else begin + 1
-            for cut in range(begin // tile * tile, end, tile):
-                yield max(begin, cut), min(end, cut + tile)
+            yield begin, end
             begin = end
 
 

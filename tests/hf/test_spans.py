@@ -140,13 +140,15 @@ def test_a_model_that_arrives_with_two_lists_switches_by_position():
     assert model.config.max_position_embeddings == 4 * TRAINED_LENGTH
 
 
-def test_clip_at_the_trained_length_changes_nothing_inside_it_to_the_bit():
-    model, ids = strong("llama"), token_ids(150)
-    rope_scaling.patch(model, SlidingWindow(window=1000))  # the engine, with nothing else
-    plain = logits(model, ids[:, :TRAINED_LENGTH])
-    rope_scaling.patch(model, AngleClip(saturation_length=TRAINED_LENGTH))
-    assert torch.equal(logits(model, ids[:, :TRAINED_LENGTH]), plain)
-    assert close(logits(model, ids)[:, :TRAINED_LENGTH], plain)
+@pytest.mark.parametrize("method", [AngleClip(saturation_length=4096), DynamicNtk(), ReRope(window=4096)])
+def test_inside_the_trained_length_logits_are_the_pretrained_ones_to_the_bit(method):
+    """Also where that is longer than a tile; beyond it, they are others."""
+    model = make_model("llama", initializer_range=0.15, max_position_embeddings=4096)
+    ids = token_ids(4296)
+    plain = logits(model, ids[:, :4096])
+    rope_scaling.patch(model, method)
+    assert torch.equal(logits(model, ids[:, :4096]), plain)
+    assert close(logits(model, ids)[:, :4096], plain)
 
 
 def grads(model, ids):
