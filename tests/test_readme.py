@@ -47,7 +47,8 @@ def test_the_guide_to_spans_runs_too(tmp_path):
 def test_shell_commands_are_understood(command, tmp_path):
     """Every option that the README shows is one that the command has."""
     words = command.split("#")[0].split()
-    command = [sys.executable, "-m", "rope_scaling.cli.main", words[1], "--help"]
+    names = [word for word in words[1:3] if word in ("plot", "map", "evaluate", "methods", "describe")]
+    command = [sys.executable, "-m", "rope_scaling.cli.main", *names, "--help"]
     environment = os.environ | {"COLUMNS": "200"}
     help_text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     for word in words[2:]:
