@@ -17,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONST
 
 .PHONY: demo test oldest lint bench real smoke clean
 
-demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every static method, at 1x to 8x
+demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every method, at 1x to 8x
 	$(BIN)/rope-scaling evaluate --model demo
 
 test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip and say so

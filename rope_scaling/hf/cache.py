@@ -79,8 +79,9 @@ class RetainedLayer(DynamicLayer):
         self.seen -= count
 
     def reset(self) -> None:
-        """Empties the layer."""
-        super().reset()
+        """Empties the layer; older versions of Transformers only overwrite what a growing one holds with zeros."""
+        self.keys = self.values = None
+        self.is_initialized = False
         self.seen = 0
 
 
