@@ -101,9 +101,8 @@ def test_a_cache_is_reused_cropped_and_copied(case):
     assert close(go_on(cache, 95, 110), wanted[:, 95:110])
     assert close(go_on(other, 100, 110), wanted[:, 100:110])
     cache.reset()
-    if (
-        cache.get_seq_length()
-    ):  # older versions of Transformers fill a growing cache with zeros in place of emptying it
+    # Older versions fill a growing cache with zeros in place of emptying it.
+    if cache.get_seq_length():
         cache = DynamicCache(config=model.config)
     with torch.no_grad():
         assert close(model(ids[:, :50], past_key_values=cache).logits, wanted[:, :50])
