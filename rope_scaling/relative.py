@@ -31,21 +31,32 @@ def relative_positions(
     Args:
         method (`str` or `SpanMethod`): A name with its fields as further arguments, or a method object.
         length (`int`): Tokens `T`.
-        trained_length (`int`, *optional*): Trained length of the model; half of `length` if there is no geometry
-        either. geometry (`RopeGeometry`, *optional*): The model's rotary part; by default width 64, base 10,000.
+        trained_length (`int`, *optional*): Trained length of the model; by default that of `geometry`, or half of
+            `length`.
+        geometry (`RopeGeometry`, *optional*): The model's rotary part; by default width 64, base 10,000.
         layer (`int`, *optional*, defaults to 0): Layer, for methods that treat them differently.
         angles (`bool`, *optional*, defaults to `False`): Return every pair's relative angle in radians.
 
     Returns:
         `torch.Tensor`: float64, NaN where the query does not see the key. `[T, T]`, query first: the relative angle
         of the fastest pair over its frequency, which is the distance wherever a method moves all pairs alike. With
-        `angles`,
-        `[T, T, R / 2]`.
+        `angles`, `[T, T, R / 2]`.
 
     Raises:
         RopeScalingError: a method that is not one of spans, or values that are not allowed.
     """
     length = check_length("length", length)
+    if arguments and not isinstance(method, str):
+        raise RopeScalingError(
+            f"{', '.join(f'`{name}`' for name in arguments)}: a method object carries its own fields; set them "
+            "there, as "
+            f"in `{type(method).__name__}(...)`."
+        )
+    if geometry is not None and trained_length is not None:
+        raise RopeScalingError(
+            f"`trained_length` is {trained_length} and the geometry has {geometry.original_max_position_embeddings}. "
+            "Give one of the two."
+        )
     made = make_method(method, **arguments) if isinstance(method, str) else method
     if not isinstance(made, SpanMethod):
         raise RopeScalingError(

@@ -19,11 +19,11 @@ from rope_scaling.spans import Angles, Span
 
 
 TILE = 2048
-"""Queries of a tile; measured on the CPU, where 1024 costs 5% more and 4096 gains nothing
-(`benchmarks/attention.py`)."""
+"""Queries of a tile. On the CPU half or twice as many take the same time (`benchmarks/levers.py`)."""
 BAND = 256
 """Queries of a cut of a band, the interval that moves with the query at both ends. All cuts go through one kernel
-call, under one mask; the wider a cut, the more of it is masked, and below 256 the kernel itself gets slower."""
+call, under one mask; the wider a cut, the more of it is masked, and in narrow ones the kernel itself is slower
+(`benchmarks/levers.py`)."""
 WIDEST_BAND = 2048
 """Up to this many keys a masked band beats a rectangle and two triangles, whose results have to be merged."""
 NARROW = 64
@@ -58,9 +58,9 @@ class Schedule:
         return max((piece.last for piece in pieces if spans[piece.span].key is key), default=0)
 
 
-def make_schedule(segment: Segment, spans: list[Span], tile: int = TILE) -> Schedule:
+def make_schedule(segment: Segment, spans: list[Span], tile: int | None = None) -> Schedule:
     """Cuts every span of a segment; each pair of query and key that a span holds is in exactly one piece."""
-    length = len(segment.positions)
+    length, tile = len(segment.positions), tile or TILE
     bounds = [segment.bounds(span) for span in spans]
     opening = _opening(bounds)
     edges = [*([0] if opening else []), *range(opening, length, tile), length]

@@ -98,10 +98,6 @@ def _tile(
     out = lse = None
     for piece in pieces:
         q = inputs.queries(piece.span, begin, end)
-        if out is not None and lse is not None and piece.shape == "full" and piece.last - piece.first <= _FEW:
-            out = out.to(wide(out))
-            _add_few(inputs, piece, q, begin, scaling, out, lse)
-            continue
         its_out, its_lse = _call(inputs, piece, q, begin, scaling)
         low, high = piece.begin - begin, piece.end - begin
         if lse is None and (low, high) == (0, end - begin):
@@ -123,29 +119,6 @@ def _tile(
             shape, -torch.inf, dtype=wide(inputs.query)
         )
     return out, lse
-
-
-def _add_few(
-    inputs: Inputs,
-    piece: Piece,
-    q: torch.Tensor,
-    begin: int,
-    scaling: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Merges a piece of a few keys, such as sinks, into a tile's output and log-sum-exp without a kernel."""
-    low, high = piece.begin - begin, piece.end - begin
-    k = inputs.keys(piece.span)[:, :, piece.first : piece.last]
-    v = inputs.value[:, :, piece.first : piece.last]
-    groups = q.shape[1] // k.shape[1]
-    k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
-    scores = (q[:, :, low:high].to(out.dtype) @ k.to(out.dtype).transpose(-1, -2)).mul_(scaling)  # [rows, H, n, few]
-    before = lse[:, :, low:high]
-    whole = torch.logaddexp(before, scores.logsumexp(-1))
-    part = out[:, :, low:high].mul_(torch.exp(before - whole)[..., None])
-    part += torch.exp(scores - whole[..., None]) @ v.to(out.dtype)
-    before.copy_(whole)
 
 
 def _call(

@@ -12,8 +12,6 @@ from rope_scaling.errors import RopeScalingError
 
 app = typer.Typer(name="plot", help="Pictures of methods.", no_args_is_help=True)
 
-_SEVERAL = "a method decides distances alone; plot one"
-
 
 @app.callback()
 def plot() -> None:
@@ -35,7 +33,7 @@ def plot_map(
 
     spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
     if not isinstance(spec.method, str):
-        raise RopeScalingError(f"{method!r} names several methods; {_SEVERAL}.")
+        raise RopeScalingError(f"{method!r} names several methods; a map is of one. Give one.")
     path = output or Path(f"map-{spec.method}.png")
     if not path.parent.is_dir():
         raise RopeScalingError(f"There is no folder {str(path.parent)!r} to write the picture to.")
@@ -47,8 +45,8 @@ def draw_map(
     name: str, arguments: dict[str, Any], length: int, trained_length: int | None, layer: int, path: Path
 ) -> None:
     """Writes the picture of one method's map: relative angle over frequency, fastest and slowest pair."""
-    import matplotlib.pyplot as plt
     import torch
+    from matplotlib.figure import Figure
 
     from rope_scaling.geometry import RopeGeometry, default_inv_freq
     from rope_scaling.relative import relative_positions
@@ -63,7 +61,8 @@ def draw_map(
     panels = [("every pair", distances[..., 0])]
     if not torch.allclose(distances[..., 0], distances[..., -1], equal_nan=True):
         panels = [("fastest pair", distances[..., 0]), ("slowest pair", distances[..., -1])]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.6), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, values) in zip(axes[0], panels, strict=True):
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(float(distances.nan_to_num(0).max()), trained))
         axis.axhline(trained - 0.5, color="black", linewidth=0.8, linestyle=":")
@@ -72,4 +71,3 @@ def draw_map(
     given = ", ".join(f"{key}={value}" for key, value in arguments.items())
     figure.suptitle(f"{name}({given}), trained length {trained} (dotted)")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

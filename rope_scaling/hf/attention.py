@@ -1,14 +1,15 @@
 """Where the engine meets Transformers: one name in its attention and mask registries, and a hook on the decoder.
 
 The hook reads positions, padding and cache of a forward call and hands them to every layer's attention as a keyword
-argument. So nothing is global, a layer recomputed under gradient checkpointing gets what it had, and two models in one
-process carry different patches.
+argument. So a layer recomputed under gradient checkpointing gets what it had, and two models in one process carry
+different patches.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ CALL = "rope_scaling_call"
 """The keyword argument by which a layer's attention gets what the hook read."""
 
 _KEPT_TURNED = 64
-"""Calls of up to this many tokens keep turned keys beside the cache; for longer ones turning them costs nothing."""
+"""Calls of up to this many tokens keep turned keys beside the cache; for longer ones turning them costs little beside
+attention itself."""
 _FEW = 16
 """Calls of up to this many tokens go through all scores at once on a GPU: they are few."""
 _BLOCK = 256
@@ -139,8 +141,9 @@ class DecoderHook:
         if cache is not None:
             call.cache, call.past = cache, past
             call.stores = [
-                key_store(cache.layers[index] if index < len(cache.layers) else None, cache, length, index)
-                for index in range(len(self.program.layers))
+                key_store(layer, cache, length, index, self.program.kinds[self.program.kind_of[index]].retained)
+                for index, layer in zip_longest(range(len(self.program.layers)), cache.layers)
+                if index is not None
             ]
             for layer in cache.layers[: len(self.program.layers)]:
                 turned_keys_of(layer, self.program).begin(layer, past)
@@ -219,7 +222,8 @@ def span_attention(
     for name in ("position_bias", "cache", "block_table", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
             raise RopeScalingError(
-                f"{type(module).__name__} passes `{name}` to its attention, which patched models do not support."
+                f"{type(module).__name__} passes `{name}` to its attention, which spans and temperatures do not "
+                "support. Frequency methods work with it."
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
@@ -235,7 +239,8 @@ def no_mask(*, attention_mask: Any = None, use_vmap: bool = False, **_: Any) -> 
     """
     if use_vmap:
         raise RopeScalingError(
-            "This model overlays its causal mask with a pattern of its own, which spans cannot express."
+            "This model overlays its causal mask with a pattern of its own, which spans cannot express. Frequency "
+            "methods work on it."
         )
     return attention_mask
 

@@ -119,7 +119,8 @@ class TurnedKeys:
         same = keys is not None and self._keys is not None and self._keys() is keys
         if not same or (past, _version(keys)) != self._state:
             self._buffers = {}
-        self._used = set()
+        # Only `end` vouches for the cache again: a call too long to keep turned keys does not get there.
+        self._used, self._keys = set(), None
 
     def end(self, layer: Any, length: int) -> None:
         """After a call: remembers how it left the cache, and drops what it did not use."""
@@ -130,9 +131,10 @@ class TurnedKeys:
         """A segment's keys (`[rows, Hk, S, d]`) at the angles of a span, up to the last that the span reaches."""
         needed = int(segment.bounds(span)[1].max()) + 1
         first, last = int(segment.key_positions[0]), int(segment.key_positions[-1])
-        # Where a key lies in the buffer must not have moved: the model's own windows and layers that forget shift
-        # keys.
-        name = id(span.key), segment.rows.start, first, last - first - len(segment.key_positions)
+        # Where a key lies must not have moved (the model's own windows and layers that forget shift keys), nor the
+        # rows that are computed together, nor how the model turned them.
+        gap = last - first - len(segment.key_positions)
+        name = id(span.key), segment.rows.start, segment.rows.stop, segment.offset, first, gap
         buffer, filled = self._buffers.get(name, (None, 0))
         if buffer is None or buffer.shape[2] < needed:
             bigger = key.new_empty(*key.shape[:2], needed + needed // 8 + 64, key.shape[3])
@@ -157,9 +159,21 @@ def turned_keys_of(layer: Any, owner: Any) -> TurnedKeys:
     return _TURNED[layer][1]
 
 
-def key_store(layer: Any, cache: Any, length: int, index: int) -> KeyStore:
-    """Which slots the key tensor of a layer will hold in a call of `length` tokens."""
+def key_store(layer: Any, cache: Any, length: int, index: int, needed: tuple[int, int] | None) -> KeyStore:
+    """Which slots the key tensor of a layer will hold in a call of `length` tokens.
+
+    Raises:
+        RopeScalingError: the layer has forgotten keys that the patch in effect (`needed` first and last ones; all
+            for `None`) would see.
+    """
     if isinstance(layer, RetainedLayer):
+        if layer.store.gap and (needed is None or needed[0] > layer.head or needed[1] > layer.window):
+            raise RopeScalingError(
+                f"This cache was filled under another patch and holds the first {layer.head} and the last "
+                f"{layer.window} of {layer.seen} tokens only, fewer than the patch in effect sees. Start from "
+                "an empty "
+                "cache."
+            )
         return layer.store
     return KeyStore(offset=int(cache.get_mask_sizes(length, index)[1]))
 

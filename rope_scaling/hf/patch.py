@@ -81,8 +81,7 @@ def patch(
     Args:
         model (`nn.Module`): A loaded Transformers model, bare or wrapped (PEFT, accelerate, `torch.compile`).
         *method (`str` or method object): A name in `rope_scaling.METHODS`, with its fields as further arguments; or
-        one
-            or more method objects, at most one each that decides frequencies, distances, the keys seen, and the
+            one or more method objects, at most one each that decides frequencies, distances, the keys seen, and the
             temperature. Without any, what the config of a saved patched model records.
         factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
         target_length (`int`, *optional*): The same in tokens. A method made for a length needs one of the two; with
@@ -102,6 +101,7 @@ def patch(
     slots = rotary_slots(model)
     if not method or method == (None,):
         given = {"factor": factor, "target_length": target_length, "layer_types": layer_types, **arguments}
+        given["original_max_position_embeddings"] = original_max_position_embeddings
         if leftover := [name for name, value in given.items() if value is not None]:
             raise RopeScalingError(
                 f"{', '.join(leftover)} given without a method. Name one, as in `patch(model, 'yarn', factor=4)`."

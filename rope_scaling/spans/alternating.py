@@ -38,7 +38,9 @@ class Alternating(SpanMethod):
         check_length("global_every", self.global_every)
         for name, method in (("local", self.local), ("everywhere", self.everywhere)):
             if method is not None and (not isinstance(method, SpanMethod) or "frequency" in method.decides):
-                raise RopeScalingError(f"`{name}` must be a window or a map, such as `SlidingWindow(window=1024)`.")
+                raise RopeScalingError(
+                    f"`{name}` must be a window or a map, such as `SlidingWindow(window=1024)`; got {method!r}."
+                )
         if self.layer_kinds is not None:
             object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
             for kind in self.layer_kinds:

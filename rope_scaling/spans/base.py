@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length
+from rope_scaling.errors import RopeScalingError
 from rope_scaling.geometry import RopeGeometry
 
 
@@ -95,8 +95,7 @@ class SpanMethod(ABC):
         return ""
 
     def reach(self, rope: Rope) -> int | None:
-        """The longest text in tokens that the method maps into what the model was trained on; `None` for any
-        length."""
+        """The longest text in tokens whose distances the model was trained on; `None` for any length."""
         return None
 
     def retained(self, rope: Rope) -> tuple[int, int] | None:
@@ -181,8 +180,12 @@ def _check_on(spans: list[Span], who: str, positions: torch.Tensor, rope: Rope) 
                 f"{len(positions)} queries; got shapes {tuple(first.shape)} and {tuple(last.shape)}, {first.dtype}."
             )
         there = first.clamp(min=0) <= last
-        if (last[there] > positions[there]).any():
-            raise RopeScalingError(f"{who}: span {index} reaches ahead of the query, which a causal model cannot see.")
+        if (ahead := there & (last > positions)).any():
+            at = int(ahead.int().argmax())
+            raise RopeScalingError(
+                f"{who}: span {index} reaches ahead of the query: query {int(positions[at])} would see key "
+                f"{int(last[at])}. `last` must be at most the query's own position."
+            )
         for end, values in (("first", first), ("last", last)):
             if (values[there].diff() < 0).any():
                 at = int(positions[there][int((values[there].diff() < 0).int().argmax()) + 1])
@@ -214,9 +217,7 @@ def _check_angles(span: Span, who: str, positions: torch.Tensor, rope: Rope) -> 
                 f"got {tuple(angles(positions).shape)}."
             )
     if span.amplitude is not None and span.amplitude.shape != (pairs,):
-        raise RopeScalingError(f"{who}: `amplitude` must have one number for each of the {pairs} pairs.")
-
-
-def check_window(name: str, value: int) -> int:
-    """A window of at least one token."""
-    return check_length(name, value)
+        raise RopeScalingError(
+            f"{who}: `amplitude` must have one number for each of the {pairs} pairs; got shape "
+            f"{tuple(span.amplitude.shape)}."
+        )

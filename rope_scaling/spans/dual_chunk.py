@@ -18,9 +18,8 @@ class DualChunk(SpanMethod):
 
     With chunks of `N = chunk_size - local_size` tokens, a query at place `a` of its chunk and a key at place `k` of
     its own meet at `a - k` in the same chunk, at `min(a + N, chunk_size) - k` when the key's chunk is the one before,
-    and at
-    `min(2N - 1, chunk_size) - k` when it is older. The authors' code also multiplies by a temperature that follows the
-    length of the call; combine with `log_n` for one that follows the position.
+    and at `min(2N - 1, chunk_size) - k` when it is older. The authors' code also multiplies by a temperature that
+    follows the length of the call; combine with `log_n` for one that follows the position.
     """
 
     name: ClassVar[str] = "dual_chunk"

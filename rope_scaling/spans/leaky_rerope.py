@@ -38,4 +38,4 @@ class LeakyReRope(SpanMethod):
 
     def reach(self, rope: Rope) -> int:
         window = self.window or half(rope)
-        return int(self.slope * (rope.trained_length - window) + window)
+        return max(int(self.slope * (rope.trained_length - window) + window), rope.trained_length)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rope_scaling.errors import check_count, check_length
-from rope_scaling.spans.base import Rope, Span, SpanMethod
-from rope_scaling.spans.sliding_window import check_sinks, sinks, window_spans
+from rope_scaling.spans.base import Rope, Span, SpanMethod, within
+from rope_scaling.spans.sliding_window import any_length, check_sinks, sinks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +29,16 @@ class LmInfinite(SpanMethod):
     """First keys of the text that every query sees, 10 to 100 in the paper."""
 
     def __post_init__(self) -> None:
-        check_sinks(self.window, self.num_sinks)
-        check_length("num_sinks", check_count("num_sinks", self.num_sinks))
+        check_sinks(self.window, self.num_sinks, at_least=1)
 
     def spans(self, rope: Rope) -> list[Span]:
-        window = self.window or rope.trained_length
-        far = sinks(
-            self.num_sinks,
-            window,
-            query=rope.positions(lambda m: m * 0 + window),
-            key=rope.positions(lambda n: n * 0),
-        )
-        return window_spans(window, far)
+        num_sinks, window = self.retained(rope)
+        check_sinks(window, num_sinks)
+        held, still = rope.positions(lambda m: m * 0 + window), rope.positions(lambda n: n * 0)
+        return [within(window), sinks(num_sinks, window, held, still)]
+
+    def reach(self, rope: Rope) -> int | None:
+        return any_length(rope, self.retained(rope)[1])
 
     def retained(self, rope: Rope) -> tuple[int, int]:
         return self.num_sinks, self.window or rope.trained_length

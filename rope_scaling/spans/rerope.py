@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from rope_scaling.errors import check_length
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, within
+from rope_scaling.spans.sliding_window import any_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class ReRope(SpanMethod):
         window = self.window or half(rope)
         held, still = rope.positions(lambda m: m * 0 + window), rope.positions(lambda n: n * 0)
         return [within(window), beyond(window, held, still)]
+
+    def reach(self, rope: Rope) -> int | None:
+        return any_length(rope, self.window or half(rope))
 
 
 def half(rope: Rope) -> int:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from rope_scaling.errors import RopeScalingError, check_count, check_length
-from rope_scaling.spans.base import Rope, Span, SpanMethod, within
+from rope_scaling.spans.base import Angles, Rope, Span, SpanMethod, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,8 @@ class SlidingWindow(SpanMethod):
     """Every query sees the last `window` keys, and the first `num_sinks` of the text, all at their true distance
     ([Longformer](https://huggingface.co/papers/2004.05150); sinks: [StreamingLLM](https://huggingface.co/papers/2309.17453)).
 
-    Sinks keep their true distance here, as Transformers' own sliding layers would have it. Far beyond the trained
-    length that turns them to angles the model never met; `lm_infinite` and `streaming` do not.
+    Sinks keep their true distance, which beyond the trained length turns them to angles the model never met;
+    `lm_infinite` and `streaming` do not.
     """
 
     name: ClassVar[str] = "sliding_window"
@@ -34,16 +34,29 @@ class SlidingWindow(SpanMethod):
         check_sinks(self.window, self.num_sinks)
 
     def spans(self, rope: Rope) -> list[Span]:
-        window = self.window or rope.trained_length
-        return window_spans(window, sinks(self.num_sinks, window) if self.num_sinks else None)
+        num_sinks, window = self.retained(rope)
+        check_sinks(window, num_sinks)
+        return [within(window), sinks(num_sinks, window)] if num_sinks else [within(window)]
+
+    def reach(self, rope: Rope) -> int | None:
+        num_sinks, window = self.retained(rope)
+        return rope.trained_length if num_sinks else any_length(rope, window)
 
     def retained(self, rope: Rope) -> tuple[int, int]:
         return self.num_sinks, self.window or rope.trained_length
 
 
-def check_sinks(window: int | None, num_sinks: int) -> None:
+def any_length(rope: Rope, farthest: int) -> int | None:
+    """`None`, the reach of a method that never goes beyond distance `farthest`; unless that is not trained itself."""
+    return None if farthest <= rope.trained_length else rope.trained_length
+
+
+def check_sinks(window: int | None, num_sinks: int, at_least: int = 0) -> None:
     """Raises `RopeScalingError` unless a window is positive and holds more keys than there are sinks."""
-    check_count("num_sinks", num_sinks)
+    if check_count("num_sinks", num_sinks) < at_least:
+        raise RopeScalingError(
+            f"`num_sinks` must be at least {at_least}; got {num_sinks}. Without, use `sliding_window`"
+        )
     if window is not None and num_sinks >= check_length("window", window):
         raise RopeScalingError(
             f"`num_sinks` is {num_sinks} and `window` {window}: sinks are the few first keys that a window leaves "
@@ -51,15 +64,10 @@ def check_sinks(window: int | None, num_sinks: int) -> None:
         )
 
 
-def sinks(num_sinks: int, window: int, **angles: object) -> Span:
+def sinks(num_sinks: int, window: int, query: Angles | None = None, key: Angles | None = None) -> Span:
     """The first `num_sinks` keys, for queries whose window has moved past them."""
 
     def last(positions: torch.Tensor) -> torch.Tensor:
         return (positions - window).clamp(max=num_sinks - 1)
 
-    return Span(first=torch.zeros_like, last=last, **angles)  # type: ignore[arg-type]
-
-
-def window_spans(window: int, sink: Span | None) -> list[Span]:
-    """A window of the last keys, and the sinks before it."""
-    return [within(window)] if sink is None else [within(window), sink]
+    return Span(first=torch.zeros_like, last=last, query=query, key=key)

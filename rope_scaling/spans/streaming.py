@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rope_scaling.errors import check_count, check_length
-from rope_scaling.spans.base import Rope, Span, SpanMethod
-from rope_scaling.spans.sliding_window import check_sinks, sinks, window_spans
+from rope_scaling.spans.base import Rope, Span, SpanMethod, within
+from rope_scaling.spans.sliding_window import any_length, check_sinks, sinks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +30,16 @@ class Streaming(SpanMethod):
     """First keys of the text that are kept."""
 
     def __post_init__(self) -> None:
-        check_sinks(self.window, self.num_sinks)
-        check_length("num_sinks", check_count("num_sinks", self.num_sinks))
+        check_sinks(self.window, self.num_sinks, at_least=1)
 
     def spans(self, rope: Rope) -> list[Span]:
         num_sinks, window = self.retained(rope)
+        check_sinks(window, num_sinks)
         newest = num_sinks + window - 1
-        return window_spans(window, sinks(num_sinks, window, query=rope.positions(lambda m: m.clamp(max=newest))))
+        return [within(window), sinks(num_sinks, window, rope.positions(lambda m: m.clamp(max=newest)))]
+
+    def reach(self, rope: Rope) -> int | None:
+        return any_length(rope, sum(self.retained(rope)))
 
     def retained(self, rope: Rope) -> tuple[int, int]:
         return self.num_sinks, self.window or max(rope.trained_length - self.num_sinks, 1)

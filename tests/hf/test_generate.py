@@ -113,6 +113,33 @@ def test_a_cache_is_reused_cropped_and_copied(case):
     assert close(out, wanted[:, 70:71].expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_a_static_cache_is_used_again_for_a_text_of_the_same_length(guard):
+    """Its tensors are the same objects, and in inference mode nothing counts their changes."""
+    model = apply(strong("llama"), "rerope")
+    cache = StaticCache(model.config, max_cache_len=160)
+    with guard():
+        for seed, first in ((0, 100), (1, 101)):
+            ids = token_ids(104, seed=seed)
+            wanted = model(ids, use_cache=False).logits
+            outs = [model(ids[:, :first], past_key_values=cache).logits]
+            while first < (101 if seed == 0 else 104):
+                outs.append(model(ids[:, first : first + 1], past_key_values=cache).logits)
+                first += 1
+            assert close(torch.cat(outs, dim=1), wanted[:, :first])
+            cache.reset()
+
+
+def test_a_cache_that_forgot_too_much_for_another_patch():
+    model = apply(strong("llama"), "streaming")
+    ids = token_ids(200)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        apply(model, "rerope")
+        with pytest.raises(RopeScalingError, match="filled under another patch and holds the first 4 and the last 28"):
+            model(ids[:, :1], past_key_values=cache)
+
+
 def test_windows_keep_a_cache_of_constant_size():
     model = apply(strong("llama"), "streaming")
     sizes = []

@@ -335,6 +335,7 @@ def test_a_patch_that_changes_nothing_raises(llama):
         ((3,), "must be a name such as 'yarn' or a method object"),
         ((None,), "no record of a patch. Name a method"),
         ((None, {"factor": 4}), "factor given without a method"),
+        ((None, {"original_max_position_embeddings": 9}), "original_max_position_embeddings given without a method"),
     ],
 )
 def test_bad_arguments(llama, arguments, message):
