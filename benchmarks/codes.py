@@ -31,8 +31,8 @@ from rope_scaling import (
     SelfExtend,
     Yarn,
 )
-from rope_scaling.eval.documents import read_texts
 from rope_scaling.hf.loading import load_model, load_tokenizer
+from rope_scaling.texts import read_texts
 
 
 RESULTS = Path(__file__).parent / "results" / "codes.jsonl"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rope_scaling.eval.documents import Documents
 from rope_scaling.eval.intervals import estimate
 from rope_scaling.hf.rotary import rotary_slots
 
@@ -34,6 +35,11 @@ def frequencies_sha256(model: torch.nn.Module) -> str:
         values = [*slot.inv_freq.double().cpu().tolist(), slot.attention_factor]
         digest.update(np.array(values, dtype="<f8").tobytes())
     return digest.hexdigest()[:16]
+
+
+def documents_sha256(documents: Documents) -> str:
+    """Hash of the tokens of all documents, 16 hexadecimal digits."""
+    return hashlib.sha256("".join(one.sha256 for one in documents.items).encode()).hexdigest()[:16]
 
 
 def position_buckets(lengths: list[int], trained_length: int) -> list[tuple[int, int]]:

@@ -18,7 +18,15 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import Document, Documents
 from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec
 from rope_scaling.eval.perplexity import check_static, cropped_nll_curve, nll_curve
-from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256, measure, write_atomically, write_rows
+from rope_scaling.eval.rows import (
+    SCHEMA,
+    documents_sha256,
+    environment,
+    frequencies_sha256,
+    measure,
+    write_atomically,
+    write_rows,
+)
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -194,10 +202,9 @@ def _score_all(
 
 
 def _settings(config: EvaluationConfig, documents: Documents) -> dict[str, Any]:
-    hashes = "".join(document.sha256 for document in documents.items)
     return {
         **vars(config),
-        "documents_sha256": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        "documents_sha256": documents_sha256(documents),
         "documents_skipped": documents.skipped,
     }
 

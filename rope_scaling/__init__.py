@@ -52,9 +52,12 @@ from rope_scaling.temperatures import Constant, Llama4, LogN, Temperature
 
 
 if TYPE_CHECKING:
+    from rope_scaling.hf.adapters import load_adapter, record_adapter
+    from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
     from rope_scaling.hf.describe import describe
     from rope_scaling.hf.loading import from_pretrained
     from rope_scaling.hf.patch import patch, patched, unpatch
+    from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 
 
 from rope_scaling.version import __version__ as __version__
@@ -65,9 +68,15 @@ from rope_scaling.version import __version__ as __version__
 _LAZY = {
     "describe": "rope_scaling.hf.describe",
     "from_pretrained": "rope_scaling.hf.loading",
+    "load_adapter": "rope_scaling.hf.adapters",
     "patch": "rope_scaling.hf.patch",
     "patched": "rope_scaling.hf.patch",
+    "record_adapter": "rope_scaling.hf.adapters",
+    "remove_chunked_loss": "rope_scaling.hf.chunked_loss",
+    "remove_s2_attention": "rope_scaling.hf.s2",
     "unpatch": "rope_scaling.hf.patch",
+    "use_chunked_loss": "rope_scaling.hf.chunked_loss",
+    "use_s2_attention": "rope_scaling.hf.s2",
 }
 
 __all__ = [
@@ -116,11 +125,17 @@ __all__ = [
     "default_inv_freq",
     "describe",
     "from_pretrained",
+    "load_adapter",
     "make_method",
     "patch",
     "patched",
+    "record_adapter",
     "relative_positions",
+    "remove_chunked_loss",
+    "remove_s2_attention",
     "unpatch",
+    "use_chunked_loss",
+    "use_s2_attention",
 ]
 
 

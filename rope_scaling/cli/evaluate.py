@@ -48,6 +48,7 @@ def run(
     from rope_scaling.hf.describe import read_description
     from rope_scaling.hf.loading import load_model, load_tokenizer
     from rope_scaling.hf.patch import unpatch
+    from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
     specs = [named.parse_method(text) for text in methods or ()]
@@ -57,7 +58,7 @@ def run(
         unpatch(loaded)
         specs = [saved, *specs]
     trained = max(slot.reach for slot in read_description(loaded).slots)
-    tokens = parse_lengths(lengths, trained)
+    tokens = texts.parse_lengths(lengths.split(","), trained)
     runner.check_lengths(tokens)
     config = runner.EvaluationConfig(
         model=model_name or model,
@@ -71,34 +72,13 @@ def run(
         seed=seed,
     )
     specs = specs or named.default_methods(model, config.factor)
-    sources = texts.read_texts(data, column=column, split=split, subset=subset)
+    sources = read_texts(data, column=column, split=split, subset=subset)
     documents = texts.make_documents(sources, tokenizer, tokens, pieces=pieces, max_documents=max_documents)
     # Runs of other settings go to other folders, so that only a given folder can hold another run's rows.
     name = f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, documents)}"
     folder = output or Path("runs") / name
     rows, curves = _with_progress(runner, loaded, documents, specs, config, folder)
     _show(rows, curves, documents, folder)
-
-
-def parse_lengths(text: str, trained_length: int) -> list[int]:
-    """Reads `1x,2x,16384`: tokens, or multiples of the trained length.
-
-    Raises:
-        RopeScalingError: a part is neither.
-    """
-    lengths = []
-    for part in text.split(","):
-        multiple, _, rest = part.strip().lower().partition("x")
-        try:
-            value = float(multiple) * (trained_length if part.strip().lower().endswith("x") else 1)
-        except ValueError:
-            value = -1.0
-        if rest or not 1 <= value < 2**53:
-            raise RopeScalingError(
-                f"`--lengths` takes numbers of tokens or multiples such as '1x,2x'; got {part!r} in {text!r}."
-            )
-        lengths.append(int(value))
-    return lengths
 
 
 def _factor(factor: float | None, target_length: int | None, longest: int, trained: int) -> float:

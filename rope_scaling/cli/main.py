@@ -95,6 +95,26 @@ def methods() -> None:
 
 
 @app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file. Without one of them, a list.")] = "",
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="Single fields, as in training.max_steps=100 patch.factor=8.")
+    ] = None,
+    output_dir: Annotated[
+        Optional[Path], typer.Option(help="New folder for the model; runs/RECIPE by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and check it.")] = False,
+) -> None:
+    """Train a patched model on longer texts by a recipe."""
+    if not recipe:
+        names = importlib.import_module("rope_scaling.recipes.config").recipe_names()
+        print("Recipes: " + ", ".join(names))
+        return
+    importlib.import_module("rope_scaling.cli.finetune").run(recipe, overrides or [], output_dir, resume, dry_run)
+
+
+@app.command()
 def describe(
     model: Annotated[str, typer.Argument(help="'demo', a folder, or a hub id; its weights are not loaded.")],
     pairs: Annotated[bool, typer.Option(help="Also print the table of every rotated pair.")] = False,

@@ -170,9 +170,8 @@ def key_store(layer: Any, cache: Any, length: int, index: int, needed: tuple[int
         if layer.store.gap and (needed is None or needed[0] > layer.head or needed[1] > layer.window):
             raise RopeScalingError(
                 f"This cache was filled under another patch and holds the first {layer.head} and the last "
-                f"{layer.window} of {layer.seen} tokens only, fewer than the patch in effect sees. Start from "
-                "an empty "
-                "cache."
+                f"{layer.window} of {layer.seen} tokens only, fewer than the patch in effect sees. Start from an "
+                "empty cache."
             )
         return layer.store
     return KeyStore(offset=int(cache.get_mask_sizes(length, index)[1]))

@@ -39,13 +39,14 @@ def model_source(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", **arguments: Any) -> torch.nn.Module:
     """A causal language model in evaluation mode.
 
     Args:
         name (`str`): `demo`, a folder, or a hub id.
         dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
         device (`str`): `auto` (a GPU if there is one), or what `torch.device` takes.
+        **arguments: Further ones, as `AutoModelForCausalLM.from_pretrained` takes them.
 
     Raises:
         RopeScalingError: there is no such model, it could not be fetched, or dtype or device are not known.
@@ -55,7 +56,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> torch.nn
     if dtype not in _DTYPES:
         raise RopeScalingError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}.")
     place = _device(device)
-    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=_DTYPES[dtype])
+    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=_DTYPES[dtype], **arguments)
     return model.to(place).eval()
 
 
@@ -106,11 +107,18 @@ def load_skeleton(name: str) -> torch.nn.Module:
         raise RopeScalingError(f"{name!r} is no causal language model: {_first_line(error)}") from error
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, **arguments: Any) -> Any:
     """The tokenizer of a model, with the same names as `load_model`."""
     from transformers import AutoTokenizer
 
-    return _fetch(AutoTokenizer.from_pretrained, name)
+    return _fetch(AutoTokenizer.from_pretrained, name, **arguments)
+
+
+def load_config(name: str, **arguments: Any) -> Any:
+    """The config of a model, with the same names as `load_model`."""
+    from transformers import AutoConfig
+
+    return _fetch(AutoConfig.from_pretrained, name, **arguments)
 
 
 def _fetch(load: Any, name: str, **arguments: Any) -> Any:

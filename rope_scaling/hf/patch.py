@@ -106,10 +106,7 @@ def patch(
             raise RopeScalingError(
                 f"{', '.join(leftover)} given without a method. Name one, as in `patch(model, 'yarn', factor=4)`."
             )
-        record = _recorded(slots)
-        recorded = resolved([method_from_record(one) for one in record["methods"]], record["target_length"])
-        original = record["original_max_position_embeddings"]
-        return _apply(model, slots, recorded, original, record["layer_types"], from_record=True)
+        return _apply_record(model, slots, _recorded(slots), from_record=True)
     if original_max_position_embeddings is not None:
         original_max_position_embeddings = check_length(
             "original_max_position_embeddings", original_max_position_embeddings
@@ -120,6 +117,29 @@ def patch(
     wanted = resolve_methods(method, reach, factor, target_length, arguments)
     names = None if chosen[0].layer_type is None else sorted({slot.layer_type for slot in chosen if slot.layer_type})
     return _apply(model, slots, wanted, original_max_position_embeddings, names)
+
+
+def patch_as_recorded(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Patches a model as a record from elsewhere says, such as that of an adapter.
+
+    Raises:
+        RopeScalingError: the record is damaged, or was made on a model of other rotary settings or lengths.
+    """
+    slots = rotary_slots(model)
+    made_on = check_record(record)["pretrained"]
+    found = pretrained_settings(_config(slots))
+    if different := [name for name, value in made_on.items() if found.get(name) != value]:
+        changes = "; ".join(f"`{name}` there {made_on[name]}, here {found.get(name)}" for name in different)
+        raise RopeScalingError(
+            f"The recorded patch was made on another model: {changes}. Load the base model that it names."
+        )
+    return _apply_record(model, slots, record)
+
+
+def patch_record(model: nn.Module) -> dict[str, Any] | None:
+    """The record of the patch that a model carries, in effect or only in its config; `None` without one."""
+    record = getattr(_config(rotary_slots(model)), RECORD_KEY, None)
+    return None if record is None else copy.deepcopy(check_record(record))
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -158,6 +178,12 @@ def patched(model: nn.Module, *method: str | Method | Sequence[Method], **argume
         _roll_back(model, slots)
         if before is not None:
             _commit(model, slots, before, config)
+
+
+def patched_in_attention(model: nn.Module) -> bool:
+    """Whether a patch in effect decides what attention computes: a span method or a temperature."""
+    applied = applied_patch(rotary_slots(model))
+    return applied is not None and bool(applied.programs)
 
 
 def applied_patch(slots: list[Slot]) -> Applied | None:
@@ -217,6 +243,12 @@ def _apply(
             _commit(model, slots, outer, outer_config)
         raise
     return model
+
+
+def _apply_record(model: nn.Module, slots: list[Slot], record: dict[str, Any], from_record: bool = False) -> nn.Module:
+    methods = resolved([method_from_record(one) for one in record["methods"]], record["target_length"])
+    original = record["original_max_position_embeddings"]
+    return _apply(model, slots, methods, original, record["layer_types"], from_record)
 
 
 def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original_length: int | None) -> Patch:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from rope_scaling import RopeScalingError
-from rope_scaling.eval.documents import make_documents, read_texts
+from rope_scaling.eval.documents import make_documents
 from rope_scaling.hf.loading import load_tokenizer
+from rope_scaling.texts import read_texts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,251 @@
+"""What a recipe is: strict data. A YAML file is mapped onto these dataclasses, with dotted overrides on top."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from rope_scaling.errors import RopeScalingError, unknown_name
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig:
+    """The patch that the model is trained under; `method: null` trains the model as it arrives."""
+
+    __pydantic_config__ = _STRICT
+
+    method: str | None = None
+    """As on the command line: `yarn`, `yarn:beta_fast=16`, `rerope+log_n`."""
+    factor: float | None = None
+    """Target length over what the model reads as it arrives."""
+    target_length: int | None = None
+    """The same in tokens."""
+    sliding_window: Literal["keep", "target"] | None = None
+    """For models all of whose layers attend to a window: `target` widens it to the target, `keep` leaves it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Long documents, and how they become sequences."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "stdlib"
+    """`stdlib`, a file, a folder, a table, or a dataset on the hub."""
+    split: str = "train"
+    column: str = "text"
+    subset: str | None = None
+    layout: Literal["plain", "packed", "pose"] = "plain"
+    """`plain`: one piece of a document a sequence. `packed`: several documents a sequence, isolated. `pose`: pieces
+    whose positions skip ahead, up to the target length."""
+    sequence_length: int
+    """Tokens of a training sequence, with the BOS."""
+    min_length: int | None = None
+    """Shorter pieces are left out; by default all have the sequence's length (1 when packed)."""
+    num_chunks: int = 2
+    """Runs of consecutive positions, for `pose`."""
+    text_length: int | None = None
+    """Tokens of text from which a `pose` sequence draws its chunks; by default its own length."""
+    short_share: float = 0.0
+    """Share of tokens that come in sequences of `short_length`."""
+    short_length: int | None = None
+    short_source: str | None = None
+    """By default the same documents."""
+    max_sequences: int | None = None
+    streaming: bool = False
+    """Read documents only as training needs them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters; fields are PEFT's."""
+
+    __pydantic_config__ = _STRICT
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    modules_to_save: list[str] | None = None
+    """Trained in full beside the adapters: `embed_tokens` and `norm` in LongLoRA."""
+    ensure_weight_tying: bool = True
+    """Keeps a head that shares the embedding's weights sharing them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Losses by position, before and after."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "stdlib"
+    split: str = "test"
+    column: str = "text"
+    subset: str | None = None
+    lengths: list[str] = field(default_factory=lambda: ["1x", "2x", "4x"])
+    max_documents: int = 16
+    pieces: bool = False
+    """Cut each text into as many documents as it holds."""
+    every: int | None = None
+    """Also every so many steps while training, on two documents."""
+    chunk_size: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str
+    """`demo`, a folder, or a hub id."""
+    revision: str | None = None
+    tokenizer: str | None = None
+    """By default the model's."""
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    data: DataConfig
+    lora: LoraConfig | None = None
+    s2_group_size: int | None = None
+    """Tokens of a group of S2 attention, while training."""
+    chunk_size: int | None = 512
+    """Tokens whose logits stand in memory at once; `null` for the model's own loss."""
+    train_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are trained. Frozen ones are loaded in it too."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Fields of `transformers.TrainingArguments`, spelt as there."""
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    """Fields of `accelerate.ParallelismConfig`, spelt as there."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("rope_scaling.recipes")
+    names = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(name for name in names if not name.startswith("pretrain"))
+
+
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by name or from a YAML file, and sets single fields.
+
+    Args:
+        name (`str`): One of `recipe_names()`, or a path that ends in `.yaml`.
+        overrides (list of `str`): `field=value` with a dotted field and a YAML value: `training.learning_rate=1e-5`.
+
+    Raises:
+        RopeScalingError: there is no such recipe, a field is not known or has the wrong type, or one is missing.
+    """
+    data = yaml_mapping(name, _text(name))
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals or not path:
+            raise RopeScalingError(f"An override is `field=value`, as in `training.max_steps=100`; got {override!r}.")
+        _set(data, path, yaml.safe_load(value) if value else None)
+    return make_recipe(data)
+
+
+def make_recipe(data: dict[str, Any]) -> Recipe:
+    """A recipe from nested plain data.
+
+    Raises:
+        RopeScalingError: as `read_recipe`.
+    """
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(data)
+    except ValidationError as error:
+        raise RopeScalingError(" ".join(_sentence(one) for one in error.errors()[:3])) from None
+    return dataclasses.replace(recipe, training=training_fields(recipe.training))
+
+
+def training_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with every value in its type.
+
+    Raises:
+        RopeScalingError: a key is no field of `TrainingArguments`, or its value is not of the field's type.
+    """
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    known = {one.name: hints[one.name] for one in dataclasses.fields(TrainingArguments)}
+    found = {}
+    for name, value in given.items():
+        if name not in known:
+            raise _unknown(f"training.{name}", known)
+        if name in ("output_dir", "resume_from_checkpoint", "parallelism_config"):
+            raise RopeScalingError(
+                f"`training.{name}` is not for a recipe: there are `--output-dir`, `--resume` and `parallelism`."
+            )
+        try:
+            found[name] = TypeAdapter(known[name]).validate_python(value)
+        except ValidationError as error:
+            raise RopeScalingError(_sentence({**error.errors()[0], "loc": ("training", name)})) from None
+        except PydanticUserError:  # a type that only the Trainer itself can check
+            found[name] = value
+    return found
+
+
+def _sentence(error: Any) -> str:
+    path = ".".join(map(str, error["loc"]))
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner: Any = _SECTIONS.get(error["loc"][0], Recipe) if len(error["loc"]) > 1 else Recipe
+        return str(_unknown(path, [one.name for one in dataclasses.fields(owner)]))
+    if error["type"].startswith("missing"):
+        return f"The recipe lacks `{path}`."
+    return f"`{path}`: {error['msg'][0].lower()}{error['msg'][1:]}; got {error['input']!r}."
+
+
+def _unknown(path: str, known: Iterable[str]) -> RopeScalingError:
+    near = get_close_matches(path.rpartition(".")[2], sorted(known), n=1)
+    hint = f"Did you mean `{near[0]}`?" if near else "A recipe's fields stand in `rope_scaling.recipes.config`."
+    return RopeScalingError(f"Unknown recipe field `{path}`. {hint}")
+
+
+_SECTIONS = {"patch": PatchConfig, "data": DataConfig, "lora": LoraConfig, "evaluation": EvaluationConfig}
+
+
+def _set(data: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
+        if not isinstance(data, dict):
+            raise RopeScalingError(f"`{path}`: `{section}` is no section of a recipe.")
+    data[name] = value
+
+
+def yaml_mapping(name: str, text: str) -> dict[str, Any]:
+    """YAML text as a mapping.
+
+    Raises:
+        RopeScalingError: it is none.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RopeScalingError(f"{name!r} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RopeScalingError(f"{name!r} must hold a mapping of fields; it holds {type(data).__name__}.")
+    return data
+
+
+def _text(name: str) -> str:
+    if name.endswith((".yaml", ".yml")):
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RopeScalingError(f"Cannot read the recipe {name!r}: {error.strerror}.") from None
+    if name not in recipe_names():
+        raise unknown_name("recipe", name, recipe_names())
+    return (resources.files("rope_scaling.recipes") / f"{name}.yaml").read_text(encoding="utf-8")

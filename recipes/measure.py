@@ -1,0 +1,85 @@
+"""Losses by position before and after training, on the same tokens, as rows."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.eval.documents import Documents
+from rope_scaling.eval.perplexity import nll_curve
+from rope_scaling.eval.rows import (
+    SCHEMA,
+    documents_sha256,
+    environment,
+    frequencies_sha256,
+    measure,
+    write_atomically,
+    write_rows,
+)
+from rope_scaling.recipes.config import Recipe
+
+
+STAGES = ("unpatched", "before", "after")
+"""The model as it arrives; patched, without training; patched and trained."""
+
+
+class Measured:
+    """The curves of one run, kept on disk so that a resumed run does not measure again."""
+
+    def __init__(
+        self, recipe: Recipe, name: str, documents: Documents, lengths: list[int], trained: int, folder: Path
+    ):
+        self.recipe, self.name, self.documents, self.lengths = recipe, name, documents, lengths
+        self.trained, self.folder = trained, folder
+        self._curves: dict[str, list[np.ndarray]] = {}
+        self._frequencies: dict[str, str] = {}
+
+    def take(self, stage: str, model: Any) -> None:
+        """Measures a stage, or reads what was measured before an interruption."""
+        self._frequencies[stage] = frequencies_sha256(model)
+        path = self.folder / "curves" / f"{stage}-{documents_sha256(self.documents)}-{self._frequencies[stage]}.npz"
+        if path.exists() and stage != "after":
+            with np.load(path) as stored:
+                self._curves[stage] = [stored[document.sha256] for document in self.documents.items]
+            return
+        model.eval()
+        size = self.recipe.evaluation.chunk_size
+        curves = {one.sha256: nll_curve(model, one.ids[None], size)[0].numpy() for one in self.documents.items}
+        if not all(np.isfinite(curve).all() for curve in curves.values()):
+            raise RopeScalingError(f"The model gives losses that are not finite ({stage}): nothing to compare.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **curves)  # type: ignore[arg-type]
+        write_atomically(path, buffer.getvalue())
+        self._curves[stage] = list(curves.values())
+
+    def rows(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every stage against the unpatched model, and the trained one against itself before; written to disk."""
+        shared = {
+            "schema": SCHEMA,
+            "task": "finetune",
+            "recipe": self.name,
+            "model": self.recipe.model,
+            "method": self.recipe.patch.method,
+            "factor": self.recipe.patch.factor,
+            "layout": self.recipe.data.layout,
+            "sequence_length": self.recipe.data.sequence_length,
+            "data": self.recipe.evaluation.source,
+            "trained_length": self.trained,
+            "lengths": self.lengths,
+            "documents_sha256": documents_sha256(self.documents),
+            "versions": environment(),
+            **facts,
+        }
+        rows = []
+        for stage in STAGES:
+            for against in ("unpatched", *(("before",) if stage == "after" else ())):
+                found = measure(self._curves[stage], self._curves[against], self.lengths, self.trained, seed=0)
+                own = {"stage": stage, "against": against, "frequencies_sha256": self._frequencies[stage]}
+                rows += [{**shared, **own, **row} for row in found]
+        write_rows(self.folder / "rows.jsonl", rows)
+        return rows

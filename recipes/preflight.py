@@ -1,0 +1,107 @@
+"""What would make a run train something else than its recipe says, refused before anything is loaded twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.recipes.config import Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """What a recipe alone can tell.
+
+    Raises:
+        RopeScalingError: with the reason, and what to do.
+    """
+    data, extent = recipe.data, recipe.patch
+    shards = [name for name in ("cp_size", "sp_size") if recipe.parallelism.get(name, 1) > 1]
+    if data.layout == "packed" and shards:
+        raise RopeScalingError(
+            f"`data.layout=packed` cannot go with `parallelism.{shards[0]}`: it drops the mask between documents, "
+            "so they would attend to one another. Give `data.layout=plain`."
+        )
+    if (extent.factor is not None or extent.target_length is not None) and extent.method is None:
+        raise RopeScalingError("`patch.factor` and `patch.target_length` go with `patch.method`.")
+    if data.layout != "pose" and data.text_length is not None:
+        raise RopeScalingError("`data.text_length` is for `data.layout=pose`.")
+    if data.text_length is not None and data.text_length < data.sequence_length:
+        raise RopeScalingError(
+            f"`data.text_length` {data.text_length} is less than `data.sequence_length` {data.sequence_length}."
+        )
+    if (data.short_share > 0) != (data.short_length is not None):
+        raise RopeScalingError("`data.short_share` and `data.short_length` go together.")
+    if data.short_share and (data.layout != "plain" or data.streaming):
+        raise RopeScalingError("Short sequences can be mixed in with `data.layout=plain`, and not while streaming.")
+    if recipe.s2_group_size is not None and recipe.s2_group_size >= data.sequence_length:
+        raise RopeScalingError(
+            f"`s2_group_size` {recipe.s2_group_size} holds a whole sequence of {data.sequence_length} tokens, so "
+            "nothing would be sparse. The paper takes a quarter of the sequence."
+        )
+    if data.streaming and recipe.training.get("max_steps", -1) < 1:
+        raise RopeScalingError("A stream has no known length: give `training.max_steps`.")
+
+
+def check_patched(recipe: Recipe, model: Any, tokenizer: Any, target_length: int, in_attention: bool) -> None:
+    """What shows on the patched model.
+
+    Args:
+        recipe (`Recipe`): The run.
+        model: Patched as the recipe says.
+        tokenizer: That of the run.
+        target_length (`int`): Tokens that the model is to read.
+        in_attention (`bool`): Whether the patch has a span method or a temperature.
+
+    Raises:
+        RopeScalingError: with the reason, and what to do.
+    """
+    config = model.config.get_text_config()
+    shards = [name for name in ("cp_size", "sp_size") if recipe.parallelism.get(name, 1) > 1]
+    if shards and in_attention:
+        raise RopeScalingError(
+            f"`patch.method={recipe.patch.method}` decides what attention computes, and so does "
+            f"`parallelism.{shards[0]}`. Train with a frequency method."
+        )
+    parameters = config.rope_parameters or {}
+    varying = "dynamic" in str(parameters) or parameters.get("short_factor") != parameters.get("long_factor")
+    if shards and varying:
+        raise RopeScalingError(
+            f"This model's frequencies depend on the length of the call, so with `parallelism.{shards[0]}` every "
+            "rank would compute its own. Patch it with a static method."
+        )
+    longest = recipe.data.sequence_length
+    if longest > target_length:
+        raise RopeScalingError(
+            f"`data.sequence_length` is {longest}, and the model is to read {target_length} tokens: training would "
+            "leave its target. Give shorter sequences, or a larger `patch.factor`."
+        )
+    _check_window(recipe, config, target_length, in_attention)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise RopeScalingError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they do not belong "
+            "together. Give the model's own `tokenizer`."
+        )
+    _check_tying(recipe, config)
+
+
+def _check_window(recipe: Recipe, config: Any, target_length: int, in_attention: bool) -> None:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    windowed = window and window < target_length and kinds == {"sliding_attention"} and not in_attention
+    if windowed and recipe.patch.sliding_window is None:
+        raise RopeScalingError(
+            f"Every layer of this model sees the last {window} tokens only, and it is to read {target_length}. "
+            "Say what is meant: `patch.sliding_window=target` widens the window, `keep` leaves it."
+        )
+
+
+def _check_tying(recipe: Recipe, config: Any) -> None:
+    saved = set(recipe.lora.modules_to_save or ()) if recipe.lora else set()
+    one_side = len(saved & {"embed_tokens", "lm_head"}) == 1
+    tied = recipe.lora and one_side and getattr(config, "tie_word_embeddings", False)
+    if recipe.lora and tied and not recipe.lora.ensure_weight_tying:
+        raise RopeScalingError(
+            "This model's head shares the embedding's weights, and `lora.modules_to_save` trains one of the two: "
+            "they would part. Give `lora.ensure_weight_tying=true`."
+        )

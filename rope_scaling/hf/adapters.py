@@ -1,0 +1,157 @@
+"""Adapters of PEFT that remember the patch they were trained under."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.loud import is_loud
+from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
+from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.rotary import rotary_slots
+
+
+HINT_KEY = "load this adapter with rope_scaling.load_adapter"
+"""Beside the record. PEFT warns of every key in a config that it does not know, by name."""
+
+
+def record_adapter(model: Any) -> Any:
+    """Makes everything that PEFT saves of this model carry the patch of its base, trainer checkpoints included.
+
+    ```python
+    rope_scaling.patch(model, "yarn", factor=4)
+    model = rope_scaling.record_adapter(get_peft_model(model, LoraConfig(...)))
+    model.save_pretrained("adapter")
+    model = rope_scaling.load_adapter("adapter")
+    ```
+
+    The record goes into `adapter_config.json`. PEFT itself ignores it, and warns that it does, with the name of
+    `load_adapter`.
+
+    Args:
+        model (`PeftModel`): An adapter on a patched base model.
+
+    Returns:
+        `PeftModel`: the model itself.
+
+    Raises:
+        RopeScalingError: it is no PEFT model, or its base is not patched.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        raise RopeScalingError(
+            f"`record_adapter` takes what `peft.get_peft_model` returns; got {type(model).__name__}. A patched model "
+            "without an adapter needs nothing: its config carries the patch."
+        )
+    record = patch_record(model)
+    if record is None:
+        raise RopeScalingError("The base of this adapter is not patched: there is nothing to record.")
+    for config in configs.values():
+        config.to_dict = partial(_with_record, type(config).to_dict, config, record)
+    return model
+
+
+def _with_record(to_dict: Any, config: Any, record: dict[str, Any]) -> dict[str, Any]:
+    return {**to_dict(config), RECORD_KEY: record, HINT_KEY: True}
+
+
+def load_adapter(
+    name: str | Path, model: nn.Module | None = None, is_trainable: bool = False, **arguments: Any
+) -> Any:
+    """Loads an adapter together with the patch that it was trained under.
+
+    Args:
+        name (`str` or `Path`): The adapter's folder, or its hub id.
+        model (`nn.Module`, *optional*): Its base model, unpatched or patched alike. By default the one that the
+            adapter names is loaded.
+        is_trainable (`bool`): For training on.
+        **arguments: For loading the base model, as `AutoModelForCausalLM.from_pretrained` takes them.
+
+    Returns:
+        `PeftModel`: in evaluation mode unless trainable.
+
+    Raises:
+        RopeScalingError: there is no adapter, it records no patch, or the base is not the one it was trained on or
+            carries another patch.
+    """
+    from peft import PeftModel
+
+    config = _adapter_config(str(name))
+    record = config.get(RECORD_KEY)
+    if record is None:
+        raise RopeScalingError(
+            f"The adapter {str(name)!r} records no patch. If it was trained without one, load it with "
+            "`PeftModel.from_pretrained`. If it was trained under one, patch its base model the same way first: "
+            "nothing else tells how it was."
+        )
+    if model is None:
+        model = _load_base(config, arguments)
+    elif arguments:
+        raise RopeScalingError(f"{', '.join(arguments)} given beside a loaded model. They are for loading one.")
+    own = patch_record(model)
+    if own is None:
+        patch_as_recorded(model, record)
+    elif own != json.loads(json.dumps(record)):
+        raise RopeScalingError(
+            f"The adapter {str(name)!r} was trained under {_text(record)}, and the base model carries "
+            f"{_text(own)}. `unpatch` it first; the adapter brings its own."
+        )
+    elif applied_patch(rotary_slots(model)) is None:
+        patch(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{HINT_KEY}.*", category=UserWarning)
+        try:
+            loaded = PeftModel.from_pretrained(model, str(name), is_trainable=is_trainable)
+        except (RuntimeError, ValueError) as error:
+            lines = str(error).strip().splitlines()
+            raise RopeScalingError(
+                f"The adapter {str(name)!r} does not fit this base model (it names "
+                f"{config.get('base_model_name_or_path')!r}): {' '.join(lines[:2])}"
+            ) from error
+    return record_adapter(loaded)
+
+
+def _load_base(config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rope_scaling.hf.loading import from_pretrained
+
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise RopeScalingError("The adapter names no base model. Give it loaded: `load_adapter(name, model)`.")
+    try:
+        if is_loud(AutoConfig.from_pretrained(base)):
+            return from_pretrained(base, **arguments)
+        return AutoModelForCausalLM.from_pretrained(base, **arguments).eval()
+    except (OSError, ValueError) as error:
+        raise RopeScalingError(
+            f"Cannot load {base!r}, the adapter's base model: {str(error).strip().splitlines()[0]} Give it loaded: "
+            "`load_adapter(name, model)`."
+        ) from error
+
+
+def _adapter_config(name: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(name, "adapter_config.json")
+        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RopeScalingError(
+            f"There is no adapter in {name!r}: {str(error).strip().splitlines()[0]} Give the folder that "
+            "`save_pretrained` wrote, or a hub id."
+        ) from error
+
+
+def _text(record: dict[str, Any]) -> str:
+    methods = ", ".join(
+        f"{one['name']}({', '.join(f'{key}={value}' for key, value in one.items() if key != 'name')})"
+        for one in record["methods"]
+    )
+    return f"{methods} to {record['target_length']} tokens"
