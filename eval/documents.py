@@ -81,14 +81,14 @@ def make_documents(
     return Documents(items, skipped)
 
 
-def parse_lengths(parts: Iterable[str], trained_length: int) -> list[int]:
+def parse_lengths(parts: Iterable[str | int], trained_length: int) -> list[int]:
     """Reads `1x`, `2x`, `16384`: multiples of the trained length, or tokens.
 
     Raises:
         RopeScalingError: a part is neither.
     """
     lengths = []
-    for part in parts:
+    for part in map(str, parts):
         multiple, _, rest = part.strip().lower().partition("x")
         try:
             value = float(multiple) * (trained_length if part.strip().lower().endswith("x") else 1)

@@ -14,19 +14,14 @@ from rope_scaling.recipes.config import Recipe
 from rope_scaling.recipes.measure import STAGES
 
 
-_TITLES = {"unpatched": "as it arrived", "before": "patched, not trained", "after": "patched and trained"}
-
-
 def losses_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and one line a stage: perplexity in every bucket of positions, then what training changed."""
-    buckets = bucket_names(rows)
-    table = [["", *(name for _, name in buckets)]]
+    """Header and one line a bucket of positions: perplexity at every stage, then what training changed, in nats."""
     found = {(row["stage"], row["against"], row["from"], row["to"]): row for row in rows if row["measure"] == "bucket"}
-    for stage in STAGES:
-        cells = [found[stage, "unpatched", *bucket] for bucket, _ in buckets]
-        table.append([_TITLES[stage], *(perplexity_text(row["nll"]) for row in cells)])
-    for against, title in (("unpatched", "trained - as it arrived, nats"), ("before", "trained - not trained, nats")):
-        table.append([title, *(difference_text(found["after", against, *bucket]) for bucket, _ in buckets)])
+    table = [["positions", "as it arrived", "patched", "trained", "trained - as it arrived", "trained - patched"]]
+    for bucket, name in bucket_names(rows):
+        perplexities = [perplexity_text(found[stage, "unpatched", *bucket]["nll"]) for stage in STAGES]
+        changes = [difference_text(found["after", against, *bucket]) for against in ("unpatched", "before")]
+        table.append([name, *perplexities, *changes])
     return table
 
 
@@ -58,8 +53,8 @@ def write(recipe: Recipe, name: str, rows: list[dict[str, Any]], folder: Path) -
 | tokens | {facts["trained_tokens"]:,} in {facts["steps"]:,} steps, {facts["minutes"]:.1f} minutes |
 
 Perplexity by position on {max(row["documents"] for row in rows)} documents of `{recipe.evaluation.source}`, 1x =
-{facts["trained_length"]:,} tokens; differences on the same tokens, with 95% bootstrap intervals over documents
-(`rows.jsonl`):
+{facts["trained_length"]:,} tokens; differences in nats a token, on the same tokens, with 95% bootstrap intervals over
+documents (`rows.jsonl`):
 
 {markdown(losses_table(rows))}
 

@@ -93,7 +93,7 @@ class EvaluationConfig:
     split: str = "test"
     column: str = "text"
     subset: str | None = None
-    lengths: list[str] = field(default_factory=lambda: ["1x", "2x", "4x"])
+    lengths: list[str | int] = field(default_factory=lambda: ["1x", "2x", "4x"])
     max_documents: int = 16
     pieces: bool = False
     """Cut each text into as many documents as it holds."""
@@ -122,6 +122,8 @@ class Recipe:
     """Tokens whose logits stand in memory at once; `null` for the model's own loss."""
     train_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that are trained. Frozen ones are loaded in it too."""
+    activation_checkpointing: bool = False
+    """Compute what a layer keeps for backward once more instead of keeping it."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of `transformers.TrainingArguments`, spelt as there."""
     parallelism: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +153,10 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         path, equals, value = override.partition("=")
         if not equals or not path:
             raise RopeScalingError(f"An override is `field=value`, as in `training.max_steps=100`; got {override!r}.")
-        _set(data, path, yaml.safe_load(value) if value else None)
+        try:
+            _set(data, path, yaml.safe_load(value) if value else None)
+        except yaml.YAMLError:
+            raise RopeScalingError(f"What `{override}` sets is no YAML value.") from None
     return make_recipe(data)
 
 

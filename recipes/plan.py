@@ -14,6 +14,7 @@ from rope_scaling.recipes.config import Recipe
 from rope_scaling.recipes.preflight import check_patched, check_recipe
 from rope_scaling.recipes.train import (
     apply_patch,
+    config_of,
     make_collator,
     prepare,
     reach,
@@ -39,14 +40,14 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
     check_recipe(recipe)
     arguments = training_arguments(recipe, Path("runs") / "dry-run")
     tokenizer = tokenizer_of(recipe)
-    model: Any = load_skeleton(recipe.model)
+    model: Any = load_skeleton(recipe.model, config_of(recipe))
+    model.tie_weights()
     trained = reach(model)
     target = apply_patch(recipe, model)
     check_patched(recipe, model, tokenizer, target, patched_in_attention(model))
     lengths = parse_lengths(recipe.evaluation.lengths, trained)
+    counted = sum(one.numel() for one in model.parameters())
     trainable = prepare(recipe, model)
-    model.tie_weights()
-    counted = sum(one.numel() for one in trainable.parameters())
     learning = sum(one.numel() for one in trainable.parameters() if one.requires_grad)
     rows = arguments.per_device_train_batch_size
     batch = rows * arguments.gradient_accumulation_steps * max(arguments.world_size, 1)
@@ -70,7 +71,7 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
             plan["distances"] = _distances(make_collator(recipe, tokenizer, target), dataset, target)
     if steps > 0:
         plan["steps"] = f"{steps:,}, {steps * batch * recipe.data.sequence_length:,} tokens"
-    plan["memory"] = _memory(recipe, model, counted, learning, rows, arguments)
+    plan["memory"] = _memory(recipe, model, counted, learning, rows)
     plan["evaluation"] = f"{recipe.evaluation.source} at {', '.join(map(str, lengths))} tokens"
     return plan
 
@@ -81,14 +82,13 @@ def _distances(collator: Any, dataset: Any, target: int) -> str:
     return "pairs by distance, in eighths of the target: " + " ".join(f"{share:.1%}" for share in shares)
 
 
-def _memory(recipe: Recipe, model: Any, counted: int, learning: int, rows: int, arguments: Any) -> str:
+def _memory(recipe: Recipe, model: Any, counted: int, learning: int, rows: int) -> str:
     """Weights, gradients, two moments of Adam, and what a layer keeps for backward (34 bytes a token and unit of width
     without checkpointing, 2 with), plus one chunk of logits three times in float32."""
     config = model.config.get_text_config()
     size = torch.finfo(getattr(torch, recipe.train_dtype)).bits // 8
-    checkpointing = arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False)
     tokens = rows * recipe.data.sequence_length
-    kept = (2 if checkpointing else 34) * tokens * config.hidden_size * config.num_hidden_layers
+    kept = (2 if recipe.activation_checkpointing else 34) * tokens * config.hidden_size * config.num_hidden_layers
     logits = 12 * min(recipe.chunk_size or tokens, tokens) * config.vocab_size
     parts = {
         "weights": counted * size,

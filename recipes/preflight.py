@@ -31,8 +31,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if (data.short_share > 0) != (data.short_length is not None):
         raise RopeScalingError("`data.short_share` and `data.short_length` go together.")
-    if data.short_share and (data.layout != "plain" or data.streaming):
-        raise RopeScalingError("Short sequences can be mixed in with `data.layout=plain`, and not while streaming.")
+    if data.short_share and data.layout == "pose":
+        raise RopeScalingError("All sequences of `data.layout=pose` are short. Leave `data.short_share` out.")
     if recipe.s2_group_size is not None and recipe.s2_group_size >= data.sequence_length:
         raise RopeScalingError(
             f"`s2_group_size` {recipe.s2_group_size} holds a whole sequence of {data.sequence_length} tokens, so "

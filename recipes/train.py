@@ -12,7 +12,9 @@ import hashlib
 import importlib.util
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,11 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         "remove_unused_columns": True,
         "disable_tqdm": not sys.stderr.isatty(),
     }
+    # Its name changed in 5.2x.
+    checkpointing = {"activation_checkpointing", "gradient_checkpointing"} & set(
+        TrainingArguments.__dataclass_fields__
+    )
+    beneath[min(checkpointing)] = recipe.activation_checkpointing
     if recipe.parallelism:
         from accelerate import ParallelismConfig
 
@@ -180,14 +187,18 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 
 def load(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
-    """Model and tokenizer as they arrive, the model's window widened if the recipe says so."""
+    """Model and tokenizer as they arrive."""
     extra: dict[str, Any] = {} if recipe.revision is None else {"revision": recipe.revision}
+    return load_model(recipe.model, device=str(device), config=config_of(recipe), **extra), tokenizer_of(recipe)
+
+
+def config_of(recipe: Recipe) -> Any:
+    """The model's config, its window widened if the recipe says so."""
+    config = load_config(recipe.model, **({} if recipe.revision is None else {"revision": recipe.revision}))
     if recipe.patch.sliding_window == "target":
-        config = load_config(recipe.model, **extra)
-        length = recipe.patch.target_length or int(config.max_position_embeddings * (recipe.patch.factor or 1))
-        config.sliding_window = length
-        extra["config"] = config
-    return load_model(recipe.model, device=str(device), **extra), tokenizer_of(recipe)
+        reads = int(config.max_position_embeddings * (recipe.patch.factor or 1))
+        config.sliding_window = recipe.patch.target_length or reads
+    return config
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
@@ -238,7 +249,10 @@ def prepare(recipe: Recipe, model: Any) -> Any:
         options = dict(vars(recipe.lora))
         if not options["modules_to_save"]:
             del options["ensure_weight_tying"]
-        trainable = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+        try:
+            trainable = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+        except ValueError as error:
+            raise RopeScalingError(f"`lora`: {error}") from error
         if patch_record(model) is not None:
             record_adapter(trainable)
     if recipe.s2_group_size is not None:
@@ -247,27 +261,29 @@ def prepare(recipe: Recipe, model: Any) -> Any:
 
 
 def training_data(recipe: Recipe, tokenizer: Any) -> Any:
-    """The recipe's training sequences."""
+    """The recipe's training sequences: long ones, short ones mixed in, packed."""
     data = recipe.data
     where = {"column": data.column, "split": data.split, "subset": data.subset}
+    cut = {"max_sequences": data.max_sequences, "streaming": data.streaming}
     length = data.text_length or data.sequence_length
     least = 2 if data.layout == "packed" and data.min_length is None else data.min_length
-    texts = read_texts(data.source, **where)
-    sequences = make_sequences(
-        texts, tokenizer, length, min_length=least, max_sequences=data.max_sequences, streaming=data.streaming
-    )
-    if data.layout == "packed":
-        import datasets
-
-        rows = (row["input_ids"] for row in sequences)
-        if data.streaming:
-            return datasets.IterableDataset.from_generator(lambda: pack_documents(rows, length))
-        return datasets.Dataset.from_list(list(pack_documents(rows, length)))
+    sequences = make_sequences(partial(read_texts, data.source, **where), tokenizer, length, min_length=least, **cut)
     if data.short_length is not None:
-        texts = read_texts(data.short_source or data.source, **where)
-        short = make_sequences(texts, tokenizer, data.short_length, max_sequences=data.max_sequences)
-        return mix(sequences, short, data.short_share, recipe.training.get("seed", 42))
-    return sequences
+        texts = partial(read_texts, data.short_source or data.source, **where)
+        short = make_sequences(texts, tokenizer, data.short_length, **cut)
+        means = (length, data.short_length) if data.streaming else None
+        sequences = mix(sequences, short, data.short_share, recipe.training.get("seed", 42), means)
+    if data.layout != "packed":
+        return sequences
+    import datasets
+
+    if data.streaming:
+        return datasets.IterableDataset.from_generator(_pack, gen_kwargs={"rows": sequences, "length": length})
+    return datasets.Dataset.from_list(list(_pack(sequences, length)))
+
+
+def _pack(rows: Any, length: int) -> Iterator[dict[str, list[int]]]:
+    yield from pack_documents((row["input_ids"] for row in rows), length)
 
 
 def make_collator(recipe: Recipe, tokenizer: Any, target: int) -> Any:

@@ -35,9 +35,11 @@ def run(recipe: str, overrides: list[str], output_dir: Path | None, resume: bool
     if not rows:  # not the main process
         return
     header, *lines = importlib.import_module("rope_scaling.recipes.card").losses_table(rows)
-    shown = Table(title="Perplexity by position", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for index, title in enumerate(header):
-        shown.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    shown = Table(
+        title="Perplexity by position; differences in nats", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
+    for index, name_of in enumerate(header):
+        shown.add_column(name_of, justify="left" if index == 0 else "right", no_wrap=index < 4)
     for cells in lines:
         shown.add_row(*cells)
     console.print(shown)

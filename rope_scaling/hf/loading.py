@@ -94,12 +94,13 @@ def from_pretrained(name: str | Path, **arguments: Any) -> torch.nn.Module:
     return patch(_fetch(AutoModelForCausalLM.from_pretrained, name, config=config, **arguments).eval())
 
 
-def load_skeleton(name: str) -> torch.nn.Module:
-    """The same model without its weights: enough to read and patch its frequencies, at the price of its config."""
+def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
+    """The same model without its weights: enough to read and patch its frequencies, at the price of its config, which
+    may be given."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _fetch(AutoConfig.from_pretrained, name)
+    config = config or load_config(name)
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config)

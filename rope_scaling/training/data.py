@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError, check_length, check_number
+
+
+Texts = Iterable[tuple[str, str]]
+"""Names and texts of documents."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Statistics:
     longest: int
     """Tokens of the longest sequence."""
     beyond: int
-    """Tokens that have at least the trained length of their own sequence before them."""
+    """Tokens that have at least the trained length of their own document before them."""
 
     def __str__(self) -> str:
         return (
@@ -28,7 +32,7 @@ class Statistics:
 
 
 def make_sequences(
-    texts: Iterable[tuple[str, str]],
+    texts: Texts | Callable[[], Texts],
     tokenizer: Any,
     length: int,
     *,
@@ -42,7 +46,8 @@ def make_sequences(
     document ends with its EOS. Documents and remainders shorter than `min_length` are left out.
 
     Args:
-        texts (iterable of name and text): What `rope_scaling.texts.read_texts` gives, or any other.
+        texts (iterable of name and text): What `rope_scaling.texts.read_texts` gives, or any other; or a function
+            that returns one, which a stream needs, since it begins anew every epoch.
         tokenizer: The model's own.
         length (`int`): Tokens of a sequence with its BOS, at most.
         min_length (`int`, *optional*): Tokens of a sequence, at least; by default `length`, so that all are alike.
@@ -53,7 +58,7 @@ def make_sequences(
         `datasets.Dataset`, or `datasets.IterableDataset` when streaming, with `input_ids` and `labels`.
 
     Raises:
-        RopeScalingError: bad lengths, or no document is long enough.
+        RopeScalingError: bad lengths, no document is long enough, or a stream of texts that can be read only once.
     """
     import datasets
 
@@ -61,11 +66,13 @@ def make_sequences(
     if least > length:
         raise RopeScalingError(f"`min_length` {least} is more than `length` {length}: no sequence could be both.")
     if streaming:
-        found = (sequence for sequence in _sequences(texts, tokenizer, length, least, _Seen()))
-        return datasets.IterableDataset.from_generator(lambda: found)
+        if not callable(texts):
+            raise RopeScalingError("A stream begins anew every epoch: give `texts` as a function that returns them.")
+        arguments = {"texts": texts, "tokenizer": tokenizer, "length": length, "least": least}
+        return datasets.IterableDataset.from_generator(_stream, gen_kwargs=arguments)
     seen = _Seen()
     rows = []
-    for row in _sequences(texts, tokenizer, length, least, seen):
+    for row in _sequences(texts() if callable(texts) else texts, tokenizer, length, least, seen):
         rows.append(row)
         if len(rows) == max_sequences:
             break
@@ -83,9 +90,11 @@ class _Seen:
     longest: int = 0
 
 
-def _sequences(
-    texts: Iterable[tuple[str, str]], tokenizer: Any, length: int, least: int, seen: _Seen
-) -> Iterator[dict[str, list[int]]]:
+def _stream(texts: Callable[[], Texts], tokenizer: Any, length: int, least: int) -> Iterator[dict[str, list[int]]]:
+    yield from _sequences(texts(), tokenizer, length, least, _Seen())
+
+
+def _sequences(texts: Texts, tokenizer: Any, length: int, least: int, seen: _Seen) -> Iterator[dict[str, list[int]]]:
     bos, eos = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     step = length - len(bos)
     for _, text in texts:
@@ -98,26 +107,32 @@ def _sequences(
                 yield {"input_ids": piece, "labels": piece}
 
 
-def mix(long: Any, short: Any, short_share: float, seed: int = 0) -> Any:
+def mix(long: Any, short: Any, short_share: float, seed: int = 0, lengths: tuple[float, float] | None = None) -> Any:
     """Interleaves long and short sequences so that short ones make up a share of the *tokens*.
 
     Ends when either runs out: repeating would overfit, and dropping the rest of the mixture would change its share.
 
     Args:
-        long (`datasets.Dataset`): Sequences with `input_ids`.
-        short (`datasets.Dataset`): Likewise.
+        long (`datasets.Dataset` or `datasets.IterableDataset`): Sequences with `input_ids`.
+        short (the same): Likewise.
         short_share (`float`): Share of tokens that come from `short`, between 0 and 1.
         seed (`int`): Of the order.
+        lengths (`tuple` of two numbers, *optional*): Mean tokens of a long and a short sequence. Counted, except in
+            streams.
 
     Raises:
-        RopeScalingError: the share is not between 0 and 1.
+        RopeScalingError: the share is not between 0 and 1, or a stream comes without lengths.
     """
     import datasets
 
     if not 0 < check_number("short_share", short_share) < 1:
         raise RopeScalingError(f"`short_share` must lie between 0 and 1; got {short_share}.")
-    mean = [sum(map(len, data["input_ids"])) / len(data) for data in (long, short)]
-    rates = (1 - short_share) / mean[0], short_share / mean[1]
+    if lengths is None:
+        if not all(hasattr(data, "__len__") for data in (long, short)):
+            raise RopeScalingError("A stream cannot be counted: give the mean `lengths` of long and short sequences.")
+        mean = [sum(map(len, data["input_ids"])) / len(data) for data in (long, short)]
+        lengths = mean[0], mean[1]
+    rates = (1 - short_share) / lengths[0], short_share / lengths[1]
     probabilities = [rate / sum(rates) for rate in rates]
     return datasets.interleave_datasets([long, short], probabilities, seed, stopping_strategy="first_exhausted")
 
@@ -125,5 +140,8 @@ def mix(long: Any, short: Any, short_share: float, seed: int = 0) -> Any:
 def statistics(dataset: Any, trained_length: int) -> Statistics:
     """Counts the tokens of a `datasets.Dataset` with `input_ids`, and those beyond the trained length."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    beyond = sum(max(length - trained_length, 0) for length in lengths)
+    if "position_ids" in dataset.column_names:  # packed
+        beyond = sum(sum(place >= trained_length for place in row) for row in dataset["position_ids"])
+    else:
+        beyond = sum(max(length - trained_length, 0) for length in lengths)
     return Statistics(len(lengths), sum(lengths), max(lengths, default=0), beyond)

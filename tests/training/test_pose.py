@@ -1,4 +1,6 @@
-"""PoSE: positions by their definition, what a batch holds, and that chunks see each other in every way of attending."""
+"""PoSE: positions by their definition, what a batch holds, and that chunks see each other however attended."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from rope_scaling.training import PoseCollator, distance_coverage, pose_position
 def chunks(positions):
     """Runs of consecutive positions, as lists."""
     runs = [[positions[0]]]
-    for before, position in zip(positions, positions[1:], strict=False):
+    for before, position in pairwise(positions):
         if position == before + 1:
             runs[-1].append(position)
         else:

@@ -88,7 +88,9 @@ def test_a_model_sees_no_future_and_no_other_document():
         other = batch | {"input_ids": batch["input_ids"].clone()}
         other["input_ids"][0, :20] = 9
         del batch["labels"], other["labels"]
-        assert torch.equal(model(**batch, use_cache=False).logits[:, 20:], model(**other, use_cache=False).logits[:, 20:])
+        assert torch.equal(
+            model(**batch, use_cache=False).logits[:, 20:], model(**other, use_cache=False).logits[:, 20:]
+        )
 
 
 def test_padded_rows_have_the_logits_that_they_have_alone():

@@ -1,0 +1,258 @@
+"""Whole runs on a tiny model: what they leave, how they stop, how they go on, and that launches agree."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import _COMMON
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import rope_scaling
+from rope_scaling import RopeScalingError
+from rope_scaling.eval.rows import read_rows
+from rope_scaling.hf.loading import load_tokenizer
+from rope_scaling.hf.patch import patch_record
+from rope_scaling.recipes.callbacks import MARKER
+from rope_scaling.recipes.config import read_recipe
+from rope_scaling.recipes.train import LongContextTrainer, finetune
+
+
+WORDS = ["one", "two", "three", "import", "return", "self", "value", "(", ")", ":", "\n"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model of trained length 64 with a tokenizer, texts to train and to measure on, and a recipe for them."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    config = LlamaConfig(**_COMMON | {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    load_tokenizer("demo").save_pretrained(folder / "model")
+    for split, count in (("train", 12), ("test", 3)):
+        (folder / split).mkdir()
+        for index in range(count):
+            text = " ".join(WORDS[(index * 7 + i * i) % len(WORDS)] for i in range(1200))
+            (folder / split / f"{index}.txt").write_text(text)
+    (folder / "own.yaml").write_text(
+        f"""
+model: {folder / "model"}
+patch: {{method: yarn, factor: 4}}
+data: {{source: {folder / "train"}, sequence_length: 128}}
+chunk_size: 64
+training:
+  max_steps: 6
+  per_device_train_batch_size: 4
+  learning_rate: 1e-2
+  lr_scheduler_type: constant
+  weight_decay: 0.1
+  logging_steps: 1
+  save_steps: 2
+  report_to: none
+evaluation: {{source: {folder / "test"}, lengths: [1x, 2x, 4x]}}
+"""
+    )
+    return folder
+
+
+def run(place, output, *overrides, resume=False):
+    return finetune(read_recipe(str(place / "own.yaml"), overrides), "own", output, resume)
+
+
+def launch(place, output, *arguments, launcher=(), **environment):
+    command = [sys.executable, *launcher, "-m", "rope_scaling.recipes.train", str(place / "own.yaml"), *arguments]
+    return subprocess.Popen(
+        [*command, "--output-dir", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def losses(output):
+    """The logged training losses of a run, by step."""
+    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return {row["step"]: row["loss"] for row in history if "loss" in row}
+
+
+def test_a_run_leaves_a_model_that_stands_alone(place, tmp_path):
+    rows = run(place, tmp_path / "out", "evaluation.every=3")
+    assert rows == read_rows(tmp_path / "out" / "rows.jsonl")
+    assert {row["stage"] for row in rows} == {"unpatched", "before", "after"}
+    assert rows[0]["trained_tokens"] == 6 * 4 * 128 and rows[0]["steps"] == 6 and rows[0]["target_length"] == 256
+    found = {(row["stage"], row["against"], row["measure"], row["to"]): row for row in rows}
+    # It learns: the words are few, and a random model knows none of them.
+    assert found["after", "before", "prefix", 256]["difference_high"] < -1
+    code = f"""
+import sys
+sys.modules["rope_scaling"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r})
+print(model.config.max_position_embeddings, model.config.use_cache, model.model.rotary_emb.rope_type)
+print(AutoTokenizer.from_pretrained({str(tmp_path / "out")!r}).model_max_length)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["256", "True", "yarn", "256"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "read 256 tokens instead of 64" in card and "| (1x,2x] |" in card and "max_steps: 6" in card
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    logged = [row for row in state["log_history"] if "eval_nll_(1x,2x]" in row]
+    assert [row["step"] for row in logged] == [3, 6]
+    assert all("memory_gb" in row for row in state["log_history"])
+    with pytest.raises(RopeScalingError, match="is finished. Give another"):
+        run(place, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.layout=pose", "data.sequence_length=64", "data.text_length=128"],
+        ["data.layout=packed"],
+        ["data.layout=packed", "data.short_share=0.5", "data.short_length=32"],
+        ["data.layout=packed", "data.streaming=true", "data.short_share=0.5", "data.short_length=32"],
+        ["data.short_share=0.5", "data.short_length=32"],
+        ["s2_group_size=32", "lora={modules_to_save: [embed_tokens, norm]}", "train_dtype=bfloat16"],
+        ["patch={method: angle_clip, target_length: 256}", "activation_checkpointing=true"],
+        ["patch={method: rerope+log_n, target_length: 256}", "lora={}"],
+        ["patch={method: drope, target_length: 256}", "data.sequence_length=64", "chunk_size=null"],
+        ["patch={}", "data.sequence_length=64"],
+        ["patch={}", "data.sequence_length=64", "lora={}"],
+    ],
+    ids=lambda overrides: " ".join(overrides)[:60],
+)
+def test_every_kind_of_run(place, tmp_path, overrides):
+    rows = run(place, tmp_path / "out", *overrides, "training.max_steps=2")
+    after = [row for row in rows if row["stage"] == "after" and row["against"] == "before"]
+    assert any(row["difference"] != 0 for row in after)
+
+
+def test_an_adapter_and_its_checkpoints_carry_the_patch(place, tmp_path):
+    run(place, tmp_path / "out", "lora={}", "training.max_steps=2")
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        model = rope_scaling.load_adapter(folder)
+        assert patch_record(model)["target_length"] == 256
+
+
+def test_accumulation_and_two_processes_agree_with_one(place, tmp_path):
+    """The same batches of 4 at once, as 2 x 2 accumulated, and as 2 x 2 on two processes, step by step."""
+    shared = ["training.save_steps=6"]
+    small = ["training.per_device_train_batch_size=2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    launches = {
+        "one": launch(place, tmp_path / "one", *shared),
+        "accumulated": launch(
+            place, tmp_path / "accumulated", *shared, *small, "training.gradient_accumulation_steps=2"
+        ),
+        "two": launch(place, tmp_path / "two", *shared, *small, launcher=torchrun),
+    }
+    for process in launches.values():
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    wanted = losses(tmp_path / "one")
+    assert sorted(wanted) == [1, 2, 3, 4, 5, 6]
+    for name in ("accumulated", "two"):
+        found = losses(tmp_path / name)
+        assert found.keys() == wanted.keys()
+        for step, loss in found.items():
+            assert loss == pytest.approx(wanted[step], abs=2e-4), (name, step)
+
+
+@pytest.mark.parametrize("layout", ["plain", "pose"])
+def test_killed_and_resumed_it_is_the_run_that_was_not(place, tmp_path, layout):
+    """`kill -9` some time after the first checkpoint; then the same losses, step by step, as without."""
+    overrides = [f"data.layout={layout}", "data.sequence_length=64", "training.max_steps=40"]
+    run(place, tmp_path / "whole", *overrides)
+    output = tmp_path / "killed"
+    process = launch(place, output, *overrides)
+    give_up = time.monotonic() + 120
+    while not list(output.glob(f"checkpoint-*/{MARKER}")):
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "rows.jsonl").exists()
+    rows = run(place, output, *overrides, resume=True)
+    wanted, found = losses(tmp_path / "whole"), losses(output)
+    assert len(wanted) == 40 and found == pytest.approx(wanted, abs=1e-4)
+    assert rows[0]["frequencies"] == read_rows(tmp_path / "whole" / "rows.jsonl")[0]["frequencies"]
+
+
+def test_resumed_exactly(place, tmp_path):
+    """From a checkpoint of the same run: losses within float noise, the same weights at the end."""
+    for layout in ("plain", "pose"):
+        overrides = [f"data.layout={layout}", "data.sequence_length=64", "training.save_total_limit=9"]
+        whole, again = tmp_path / f"whole-{layout}", tmp_path / f"again-{layout}"
+        run(place, whole, *overrides)
+        again.mkdir()
+        (whole / "checkpoint-2").rename(again / "checkpoint-2")
+        (again / "checkpoint-4").mkdir()  # interrupted while being saved: no marker
+        run(place, again, *overrides, resume=True)
+        assert losses(again) == pytest.approx(losses(whole), abs=1e-5)
+        one, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (whole, again))
+        for name, parameter in one.named_parameters():
+            assert torch.allclose(parameter, other.get_parameter(name), atol=1e-5), name
+        facts = [read_rows(folder / "rows.jsonl")[0]["frequencies"] for folder in (whole, again)]
+        assert facts[0] == facts[1]
+
+
+def test_another_scaling_is_not_resumed(place, tmp_path):
+    run(place, tmp_path / "out", "training.max_steps=2")
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    for override in ("patch.factor=2", "patch.method=ntk", "data.sequence_length=64"):
+        with pytest.raises(RopeScalingError, match="belongs to another run"):
+            run(place, tmp_path / "out", override, resume=True)
+    with pytest.raises(RopeScalingError, match="not empty. Give a new one, or add `--resume`"):
+        run(place, tmp_path / "out")
+    with pytest.raises(RopeScalingError, match="no whole checkpoint"):
+        run(place, tmp_path / "other", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(place, tmp_path):
+    with pytest.raises(
+        RopeScalingError, match=r"loss at step [2-6] is not finite.*Try a lower `training.learning_rate`"
+    ):
+        run(place, tmp_path / "out", "training.learning_rate=1e30", "training.max_grad_norm=1e30")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path, monkeypatch):
+    save = LongContextTrainer._save_checkpoint
+
+    def full(self, *arguments, **more):
+        if self.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+        return save(self, *arguments, **more)
+
+    monkeypatch.setattr(LongContextTrainer, "_save_checkpoint", full)
+    with pytest.raises(RopeScalingError, match="Saving failed at step 4: .*No space left.* add `--resume`"):
+        run(place, tmp_path / "out")
+    monkeypatch.undo()
+    assert len(run(place, tmp_path / "out", resume=True)) > 0
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path):
+    process = launch(place, tmp_path / "out", "training.max_steps=4000", "training.save_steps=1000")
+    for line in process.stdout:
+        if "'loss'" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Stopped and saved at step" in errors and "`--resume` goes on" in errors and "Traceback" not in errors
+    assert list((tmp_path / "out").glob(f"checkpoint-*/{MARKER}"))
+
+
+def test_a_model_that_arrives_patched(place, tmp_path):
+    """The recipe's own patch goes on; another is refused."""
+    model = rope_scaling.patch(AutoModelForCausalLM.from_pretrained(place / "model"), "yarn", factor=4)
+    model.save_pretrained(tmp_path / "patched")
+    load_tokenizer("demo").save_pretrained(tmp_path / "patched")
+    arrived = [f"model={tmp_path / 'patched'}", "training.max_steps=1"]
+    with pytest.raises(RopeScalingError, match="saved under another patch than the recipe's"):
+        run(place, tmp_path / "one", *arrived, "patch={method: ntk, factor: 2}")
+    assert run(place, tmp_path / "two", *arrived, "patch={}")[0]["target_length"] == 256
