@@ -1,13 +1,14 @@
 """Fine-tunes a model to a longer context: config, model, patch, data, Trainer, save, evaluate.
 
     rope-scaling finetune demo_yarn
-    accelerate launch -m rope_scaling.recipes.train demo_yarn --output-dir runs/demo_yarn
+    accelerate launch -m rope_scaling.recipes.train --config demo_yarn
 
 Read from `finetune` down.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import sys
@@ -39,7 +40,7 @@ from rope_scaling.recipes.callbacks import (
     last_checkpoint,
     memory_gb,
 )
-from rope_scaling.recipes.config import Recipe
+from rope_scaling.recipes.config import Recipe, read_recipe
 from rope_scaling.recipes.measure import Measured
 from rope_scaling.recipes.preflight import check_patched, check_recipe
 from rope_scaling.texts import read_texts
@@ -87,8 +88,6 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     collator = make_collator(recipe, tokenizer, target)
     facts = run_facts(recipe, model, dataset)
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
-    interrupt = StopOnInterrupt()
-    trainer.add_callback(interrupt)
     trainer.add_callback(WholeCheckpoints(trainer, facts))
     if every := recipe.evaluation.every:
         few, size = documents.items[:2], recipe.evaluation.chunk_size
@@ -98,20 +97,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     checkpoint = last_checkpoint(output_dir, facts) if resume else None
     if checkpoint is not None and isinstance(collator, PoseCollator) and not recipe.data.streaming:
         collator.num_batches = int(checkpoint.name.rpartition("-")[2]) * arguments.gradient_accumulation_steps
-    started = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except OSError as error:
-        raise RopeScalingError(
-            f"Saving failed at step {trainer.state.global_step}: {error}. The last whole checkpoint is untouched; "
-            "make room and add `--resume`."
-        ) from error
-    minutes = (time.monotonic() - started) / 60
-    if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise RopeScalingError(
-            f"Stopped and saved at step {trainer.state.global_step} of {trainer.state.max_steps}. The same command "
-            "with `--resume` goes on."
-        )
+    minutes = train(trainer, checkpoint)
 
     # The result, measured as its users will load it.
     finish(recipe, trainer, tokenizer, saved_dtype, target)
@@ -130,6 +116,30 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     )
     card.write(recipe, name, rows, output_dir)
     return rows
+
+
+def train(trainer: Trainer, checkpoint: Path | None) -> float:
+    """Trains to the end, and returns the minutes it took.
+
+    Raises:
+        RopeScalingError: the disk is full, or Ctrl-C stopped the run after saving.
+    """
+    interrupt = StopOnInterrupt()
+    trainer.add_callback(interrupt)
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise RopeScalingError(
+            f"Saving failed at step {trainer.state.global_step}: {error}. The last whole checkpoint is untouched; "
+            "make room and add `--resume`."
+        ) from error
+    if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise RopeScalingError(
+            f"Stopped and saved at step {trainer.state.global_step} of {trainer.state.max_steps}. The same command "
+            "with `--resume` goes on."
+        )
+    return (time.monotonic() - started) / 60
 
 
 class LongContextTrainer(Trainer):
@@ -351,7 +361,23 @@ def _has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-if __name__ == "__main__":
-    from rope_scaling.cli.main import main
+def main(argv: list[str] | None = None) -> None:
+    """What `accelerate launch` and `torchrun` start, once in every process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a recipe's name, or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="single fields, as in training.max_steps=100")
+    parser.add_argument("--output-dir", type=Path, help="runs/RECIPE by default")
+    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint there")
+    given = parser.parse_args(argv)
+    name = Path(given.config).stem
+    try:
+        recipe = read_recipe(given.config, given.overrides)
+        rows = finetune(recipe, name, given.output_dir or Path("runs") / name, given.resume)
+    except RopeScalingError as error:
+        sys.exit(f"rope-scaling: error: {error}")
+    if rows:
+        print(card.markdown(card.losses_table(rows)))
 
-    main(["finetune", *sys.argv[1:]])
+
+if __name__ == "__main__":
+    main()
