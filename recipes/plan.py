@@ -12,15 +12,14 @@ from rope_scaling.hf.loading import load_skeleton
 from rope_scaling.hf.patch import patched_in_attention
 from rope_scaling.recipes.config import Recipe
 from rope_scaling.recipes.preflight import check_patched, check_recipe
+from rope_scaling.recipes.sequences import make_collator, training_data
 from rope_scaling.recipes.train import (
     apply_patch,
     config_of,
-    make_collator,
     prepare,
     reach,
     tokenizer_of,
     training_arguments,
-    training_data,
 )
 from rope_scaling.training import distance_coverage, statistics
 

@@ -13,17 +13,15 @@ import hashlib
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.documents import make_documents, parse_lengths
+from rope_scaling.eval.documents import parse_lengths
 from rope_scaling.eval.methods import parse_method
 from rope_scaling.eval.rows import frequencies_sha256
 from rope_scaling.hf.adapters import load_adapter, record_adapter
@@ -43,8 +41,8 @@ from rope_scaling.recipes.callbacks import (
 from rope_scaling.recipes.config import Recipe, read_recipe
 from rope_scaling.recipes.measure import Measured
 from rope_scaling.recipes.preflight import check_patched, check_recipe
-from rope_scaling.texts import read_texts
-from rope_scaling.training import PackedCollator, PoseCollator, make_sequences, mix, pack_documents
+from rope_scaling.recipes.sequences import evaluation_documents, make_collator, training_data
+from rope_scaling.training import PoseCollator
 
 
 def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) -> list[dict[str, Any]]:
@@ -268,50 +266,6 @@ def prepare(recipe: Recipe, model: Any) -> Any:
     if recipe.s2_group_size is not None:
         use_s2_attention(trainable, recipe.s2_group_size)
     return trainable if recipe.chunk_size is None else use_chunked_loss(trainable, recipe.chunk_size)
-
-
-def training_data(recipe: Recipe, tokenizer: Any) -> Any:
-    """The recipe's training sequences: long ones, short ones mixed in, packed."""
-    data = recipe.data
-    where = {"column": data.column, "split": data.split, "subset": data.subset}
-    cut = {"max_sequences": data.max_sequences, "streaming": data.streaming}
-    length = data.text_length or data.sequence_length
-    least = 2 if data.layout == "packed" and data.min_length is None else data.min_length
-    sequences = make_sequences(partial(read_texts, data.source, **where), tokenizer, length, min_length=least, **cut)
-    if data.short_length is not None:
-        texts = partial(read_texts, data.short_source or data.source, **where)
-        short = make_sequences(texts, tokenizer, data.short_length, **cut)
-        means = (length, data.short_length) if data.streaming else None
-        sequences = mix(sequences, short, data.short_share, recipe.training.get("seed", 42), means)
-    if data.layout != "packed":
-        return sequences
-    import datasets
-
-    if data.streaming:
-        return datasets.IterableDataset.from_generator(_pack, gen_kwargs={"rows": sequences, "length": length})
-    return datasets.Dataset.from_list(list(_pack(sequences, length)))
-
-
-def _pack(rows: Any, length: int) -> Iterator[dict[str, list[int]]]:
-    yield from pack_documents((row["input_ids"] for row in rows), length)
-
-
-def make_collator(recipe: Recipe, tokenizer: Any, target: int) -> Any:
-    """What makes batches of the recipe's layout."""
-    data = recipe.data
-    if data.layout == "packed":
-        return PackedCollator(tokenizer.pad_token_id)
-    if data.layout == "pose":
-        seed = recipe.training.get("seed", 42)
-        return PoseCollator(target, tokenizer.pad_token_id, data.num_chunks, data.sequence_length, seed)
-    return DataCollatorForSeq2Seq(tokenizer)
-
-
-def evaluation_documents(recipe: Recipe, tokenizer: Any, lengths: list[int]) -> Any:
-    """Documents to measure on, none of which is trained on."""
-    wanted = recipe.evaluation
-    texts = read_texts(wanted.source, column=wanted.column, split=wanted.split, subset=wanted.subset)
-    return make_documents(texts, tokenizer, lengths, pieces=wanted.pieces, max_documents=wanted.max_documents)
 
 
 def run_facts(recipe: Recipe, model: Any, dataset: Any) -> dict[str, Any]:

@@ -155,3 +155,24 @@ def test_pre_flight_on_other_models(tmp_path):
     overrides = [f"model={tmp_path / 'small'}", *own, "data.sequence_length=64"]
     with pytest.raises(RopeScalingError, match="4096 tokens and the model's embedding 100 rows"):
         make_plan(read_recipe("demo_yarn", overrides), with_data=False)
+
+
+def test_launch_files_are_those_of_the_installed_accelerate():
+    from importlib import resources
+
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    kinds = {}
+    for file in (resources.files("rope_scaling.recipes") / "accelerate").iterdir():
+        config = load_config_from_file(str(file))
+        kinds[file.name] = config.distributed_type.value
+        assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
+        if config.fsdp_config:
+            known = set(FullyShardedDataParallelPlugin.__dataclass_fields__)
+            assert {
+                name.removeprefix("fsdp_").replace("version", "fsdp_version") for name in config.fsdp_config
+            } <= known
+    wanted = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    wanted |= {"fsdp2_context_parallel": "FSDP", "deepspeed_sequence_parallel": "DEEPSPEED"}
+    assert kinds == {f"{name}.yaml": kind for name, kind in wanted.items()}

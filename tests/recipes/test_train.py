@@ -151,7 +151,7 @@ def test_accumulation_and_two_processes_agree_with_one(place, tmp_path):
     """The same batches of 4 at once, as 2 x 2 accumulated, and as 2 x 2 on two processes, step by step."""
     shared = ["training.save_steps=6"]
     small = ["training.per_device_train_batch_size=2"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launches = {
         "one": launch(place, tmp_path / "one", *shared),
         "accumulated": launch(
