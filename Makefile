@@ -12,10 +12,11 @@ REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dy
 	dual_chunk+log_n)
 REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n)
 CONSTRAINTS ?= constraints.txt
+RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test oldest lint bench real smoke clean
+.PHONY: demo test oldest lint bench real recipes smoke clean
 
 demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every method, at 1x to 8x
 	$(BIN)/rope-scaling evaluate --model demo
@@ -38,6 +39,8 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/decode.py --streaming
+	$(BIN)/python benchmarks/levers.py
+	$(BIN)/python benchmarks/loss.py
 
 real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: two hours on two cores
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
@@ -46,6 +49,10 @@ real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the pla
 		$(REAL_METHODS_32K) --output runs/smollm2-135m-32k
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
+
+recipes: $(VENV)/.dev ## fine-tune the embedded model by every demo recipe, and tabulate: 40 minutes on two cores
+	for recipe in $(RECIPES); do $(BIN)/rope-scaling finetune $$recipe --output-dir runs/recipes/$$recipe || exit 1; done
+	$(BIN)/python -m rope_scaling.recipes.report runs/recipes
 
 smoke: $(VENV)/.dev ## the wheel, built and used from an empty folder
 	$(BIN)/python -m pytest tests/test_packaging.py

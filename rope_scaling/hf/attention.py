@@ -227,7 +227,12 @@ def span_attention(
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
-    out = call.attend(layer, query, key, value, scaling, dropout, softcap, s_aux)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As stock attention does; the model may hand over queries in float32 and values in bfloat16.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        out = call.attend(layer, query, key, value, scaling, dropout, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -108,8 +108,8 @@ class TurnedKeys:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}
-        self._used: set[tuple[int, ...]] = set()
+        self._buffers: dict[tuple[Any, ...], tuple[torch.Tensor, int]] = {}
+        self._used: set[tuple[Any, ...]] = set()
         self._keys: weakref.ref[torch.Tensor] | None = None
         self._state: tuple[int, int | None] = (0, None)
 
@@ -134,7 +134,7 @@ class TurnedKeys:
         # Where a key lies must not have moved (the model's own windows and layers that forget shift keys), nor the
         # rows that are computed together, nor how the model turned them.
         gap = last - first - len(segment.key_positions)
-        name = id(span.key), segment.rows.start, segment.rows.stop, segment.offset, first, gap
+        name = id(span.key), key.dtype, segment.rows.start, segment.rows.stop, segment.offset, first, gap
         buffer, filled = self._buffers.get(name, (None, 0))
         if buffer is None or buffer.shape[2] < needed:
             bigger = key.new_empty(*key.shape[:2], needed + needed // 8 + 64, key.shape[3])

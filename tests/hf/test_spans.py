@@ -418,3 +418,21 @@ def test_texts_beyond_the_reach_are_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logits(model, token_ids(130))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("case", ["rerope", "angle_clip", "dynamic_yarn", "sliding_window"])
+def test_under_autocast(family, case):
+    """Training in mixed precision: weights in float32, products in bfloat16, as the model without a patch does it."""
+    model = apply(strong(family), case).train()
+    ids = token_ids(150)
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    exact = model(**inputs).loss
+    exact.backward()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    wanted, weight.grad = weight.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs).loss
+    loss.backward()
+    assert abs(float(loss.detach() - exact.detach())) < 0.05
+    assert float((weight.grad - wanted).norm() / wanted.norm()) < 0.1
