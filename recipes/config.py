@@ -138,6 +138,12 @@ def recipe_names() -> list[str]:
     return sorted(name for name in names if not name.startswith("pretrain"))
 
 
+def recipe_about(name: str) -> str:
+    """What the head of a recipe that comes with the package says first: what it does."""
+    head = _text(name).split("\n#\n")[0]
+    return " ".join(line.removeprefix("#").strip() for line in head.splitlines()).partition(" https://")[0]
+
+
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe by name or from a YAML file, and sets single fields.
 

@@ -166,7 +166,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         "save_steps": 100,
         "save_total_limit": 2,
         "include_num_input_tokens_seen": "all",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": True,
         "disable_tqdm": not sys.stderr.isatty(),
     }

@@ -12,12 +12,15 @@ import pytest
 from rope_scaling import METHODS
 from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import read_rows
+from rope_scaling.recipes.config import recipe_names
+from rope_scaling.recipes.report import tables
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SPANS = (ROOT / "docs" / "spans.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
+RECIPES = (ROOT / "recipes" / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 DEMO = repr(str(ROOT / "rope_scaling" / "demo" / "model"))
 
@@ -40,6 +43,20 @@ def test_the_guide_to_spans_runs_too(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_guide_to_recipes_runs_too(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", RECIPES, flags=re.DOTALL)
+    load = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausalLM, AutoTokenizer))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", load + code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names = set(re.findall(r"`(\w+)`", RECIPES.split("| recipe |")[1].split("*Published*")[0]))
+    assert set(recipe_names()) <= names
+
+
 @pytest.mark.parametrize(
     "command",
     [c for lang, code in BLOCKS if lang == "bash" for c in code.splitlines() if c.startswith("rope-scaling")],
@@ -47,7 +64,7 @@ def test_the_guide_to_spans_runs_too(tmp_path):
 def test_shell_commands_are_understood(command, tmp_path):
     """Every option that the README shows is one that the command has."""
     words = command.split("#")[0].split()
-    names = [word for word in words[1:3] if word in ("plot", "map", "evaluate", "methods", "describe")]
+    names = [word for word in words[1:3] if word in ("plot", "map", "evaluate", "finetune", "methods", "describe")]
     command = [sys.executable, "-m", "rope_scaling.cli.main", *names, "--help"]
     environment = os.environ | {"COLUMNS": "200"}
     help_text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -70,7 +87,8 @@ def test_tables_are_those_of_the_committed_rows():
     made = set()
     for folder in sorted((ROOT / "docs" / "results").iterdir()):
         if folder.is_dir():
-            table = markdown_tables(read_rows(folder / "rows.jsonl"))
+            rows = read_rows(folder / "rows.jsonl")
+            table = tables(rows) if rows[0]["task"] == "finetune" else markdown_tables(rows)
             lines = {line for line in table.splitlines() if line.startswith("|") and "---" not in line}
             assert not [line for line in lines if line not in RESULTS], folder
             made |= lines
@@ -97,7 +115,8 @@ def test_every_method_has_a_line_with_its_paper():
 
 
 def test_linked_files_exist():
-    for folder, text in ((ROOT, README), (ROOT / "docs", RESULTS), (ROOT / "docs", SPANS)):
+    pages = ((ROOT, README), (ROOT / "docs", RESULTS), (ROOT / "docs", SPANS), (ROOT / "recipes", RECIPES))
+    for folder, text in pages:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
             assert (folder / target).exists(), target
 

@@ -9,15 +9,33 @@ from pathlib import Path
 from rope_scaling.errors import RopeScalingError
 
 
+def show_recipes() -> None:
+    """Prints the recipes that come with the package, each with what its file says first."""
+    _check_installed()
+    from rich.console import Console
+    from rich.table import Table
+
+    config = importlib.import_module("rope_scaling.recipes.config")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in config.recipe_names():
+        about = config.recipe_about(name)
+        table.add_row(name, about)
+    Console().print(table)
+
+
+def _check_installed() -> None:
+    for package in ("pydantic", "datasets", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise RopeScalingError(f"Fine-tuning needs {package}: pip install 'rope-scaling[train]'.")
+
+
 def run(recipe: str, overrides: list[str], output_dir: Path | None, resume: bool, dry_run: bool) -> None:
     """Runs a recipe, or shows what it would do; see the command's help for the arguments.
 
     Raises:
         RopeScalingError: anything that the user can mend.
     """
-    for package in ("pydantic", "datasets", "peft"):
-        if importlib.util.find_spec(package) is None:
-            raise RopeScalingError(f"Fine-tuning needs {package}: pip install 'rope-scaling[train]'.")
+    _check_installed()
     config = importlib.import_module("rope_scaling.recipes.config").read_recipe(recipe, overrides)
     from rich.console import Console
     from rich.table import Table

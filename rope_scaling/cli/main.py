@@ -96,7 +96,7 @@ def methods() -> None:
 
 @app.command()
 def finetune(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file. Without one of them, a list.")] = "",
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file. Without it, a list of them.")] = "",
     overrides: Annotated[
         Optional[list[str]], typer.Argument(help="Single fields, as in training.max_steps=100 patch.factor=8.")
     ] = None,
@@ -107,11 +107,11 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and check it.")] = False,
 ) -> None:
     """Train a patched model on longer texts by a recipe."""
-    if not recipe:
-        names = importlib.import_module("rope_scaling.recipes.config").recipe_names()
-        print("Recipes: " + ", ".join(names))
-        return
-    importlib.import_module("rope_scaling.cli.finetune").run(recipe, overrides or [], output_dir, resume, dry_run)
+    work = importlib.import_module("rope_scaling.cli.finetune")
+    if recipe:
+        work.run(recipe, overrides or [], output_dir, resume, dry_run)
+    else:
+        work.show_recipes()
 
 
 @app.command()
