@@ -1,25 +1,18 @@
-"""What watches a run: losses by position, checkpoints that are whole, Ctrl-C."""
+"""What watches a run: losses by position, memory, Ctrl-C."""
 
 from __future__ import annotations
 
-import json
 import signal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import Document
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.report import length_name
-from rope_scaling.eval.rows import position_buckets, write_atomically
-
-
-MARKER = "rope_scaling.json"
-"""Written last into a checkpoint: what it belongs to. A checkpoint without it was interrupted while being saved."""
+from rope_scaling.eval.rows import position_buckets
 
 
 class PositionLosses(TrainerCallback):
@@ -54,40 +47,6 @@ class PositionLosses(TrainerCallback):
                 name = f"({length_name(start, self.trained)},{length_name(end, self.trained)}]"
                 logs[f"eval_nll_{name}"] = float(np.concatenate(parts).mean())
         self.trainer.log(logs)
-
-
-class WholeCheckpoints(TrainerCallback):
-    """Marks a checkpoint when all of it is on disk."""
-
-    def __init__(self, trainer: Any, facts: dict[str, Any]):
-        self.trainer, self.facts = trainer, facts
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_atomically(folder / MARKER, (json.dumps(self.facts, indent=1, sort_keys=True) + "\n").encode())
-
-
-def last_checkpoint(folder: Path, facts: dict[str, Any]) -> Path:
-    """The newest whole checkpoint of a run.
-
-    Raises:
-        RopeScalingError: there is none, or it belongs to a run of other settings.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / MARKER).exists()]
-    if not whole:
-        broken = f" ({len(found)} interrupted while being saved)" if found else ""
-        raise RopeScalingError(f"There is no whole checkpoint in {str(folder)!r}{broken}. Start without `--resume`.")
-    recorded = json.loads((whole[-1] / MARKER).read_text(encoding="utf-8"))
-    if different := [key for key in sorted(facts.keys() | recorded.keys()) if recorded.get(key) != facts.get(key)]:
-        changes = "; ".join(f"{key}: there {recorded.get(key)!r}, now {facts.get(key)!r}" for key in different)
-        raise RopeScalingError(
-            f"The checkpoint {str(whole[-1])!r} belongs to another run ({changes}). Resume with the settings it was "
-            "started with, or give another `--output-dir`."
-        )
-    return whole[-1]
 
 
 class StopOnInterrupt(TrainerCallback):

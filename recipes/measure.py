@@ -31,10 +31,17 @@ class Measured:
     """The curves of one run, kept on disk so that a resumed run does not measure again."""
 
     def __init__(
-        self, recipe: Recipe, name: str, documents: Documents, lengths: list[int], trained: int, folder: Path
+        self,
+        recipe: Recipe,
+        name: str,
+        documents: Documents,
+        lengths: list[int],
+        trained: int,
+        folder: Path,
+        resume: bool,
     ):
         self.recipe, self.name, self.documents, self.lengths = recipe, name, documents, lengths
-        self.trained, self.folder = trained, folder
+        self.trained, self.folder, self.resume = trained, folder, resume
         self._curves: dict[str, list[np.ndarray]] = {}
         self._frequencies: dict[str, str] = {}
 
@@ -42,7 +49,7 @@ class Measured:
         """Measures a stage, or reads what was measured before an interruption."""
         self._frequencies[stage] = frequencies_sha256(model)
         path = self.folder / "curves" / f"{stage}-{documents_sha256(self.documents)}-{self._frequencies[stage]}.npz"
-        if path.exists() and stage != "after":
+        if path.exists() and self.resume and stage != "after":
             with np.load(path) as stored:
                 self._curves[stage] = [stored[document.sha256] for document in self.documents.items]
             return

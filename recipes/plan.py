@@ -8,19 +8,9 @@ from typing import Any
 import torch
 
 from rope_scaling.eval.documents import parse_lengths
-from rope_scaling.hf.loading import load_skeleton
-from rope_scaling.hf.patch import patched_in_attention
 from rope_scaling.recipes.config import Recipe
-from rope_scaling.recipes.preflight import check_patched, check_recipe
 from rope_scaling.recipes.sequences import make_collator, training_data
-from rope_scaling.recipes.train import (
-    apply_patch,
-    config_of,
-    prepare,
-    reach,
-    tokenizer_of,
-    training_arguments,
-)
+from rope_scaling.recipes.train import prepare, rehearse, training_arguments
 from rope_scaling.training import distance_coverage, statistics
 
 
@@ -36,14 +26,9 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
     Raises:
         RopeScalingError: as `finetune`.
     """
-    check_recipe(recipe)
     arguments = training_arguments(recipe, Path("runs") / "dry-run")
-    tokenizer = tokenizer_of(recipe)
-    model: Any = load_skeleton(recipe.model, config_of(recipe))
-    model.tie_weights()
-    trained = reach(model)
-    target = apply_patch(recipe, model)
-    check_patched(recipe, model, tokenizer, target, patched_in_attention(model))
+    rehearsal = rehearse(recipe)
+    model, tokenizer, trained, target = rehearsal.model, rehearsal.tokenizer, rehearsal.trained, rehearsal.target
     lengths = parse_lengths(recipe.evaluation.lengths, trained)
     counted = sum(one.numel() for one in model.parameters())
     trainable = prepare(recipe, model)

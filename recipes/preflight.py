@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
@@ -28,6 +29,12 @@ def check_recipe(recipe: Recipe) -> None:
     if data.text_length is not None and data.text_length < data.sequence_length:
         raise RopeScalingError(
             f"`data.text_length` {data.text_length} is less than `data.sequence_length` {data.sequence_length}."
+        )
+    one_text = data.source == "python-reference" or Path(data.source).exists()
+    if recipe.evaluation.source == data.source and (one_text or recipe.evaluation.split == data.split):
+        raise RopeScalingError(
+            f"`evaluation.source` is what is trained on ({data.source!r}, split {data.split!r}): its losses would say "
+            "what the model remembers. Give another source or split."
         )
     if (data.short_share > 0) != (data.short_length is not None):
         raise RopeScalingError("`data.short_share` and `data.short_length` go together.")

@@ -52,7 +52,7 @@ def make_collator(recipe: Recipe, tokenizer: Any, target: int) -> Any:
 
 
 def evaluation_documents(recipe: Recipe, tokenizer: Any, lengths: list[int]) -> Documents:
-    """Documents to measure on, none of which is trained on."""
+    """Documents to measure on."""
     wanted = recipe.evaluation
     texts = read_texts(wanted.source, column=wanted.column, split=wanted.split, subset=wanted.subset)
     return make_documents(texts, tokenizer, lengths, pieces=wanted.pieces, max_documents=wanted.max_documents)

@@ -9,11 +9,11 @@ Read from `finetune` down.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import copy
 import importlib.util
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,15 @@ from transformers import Trainer, TrainingArguments, set_seed
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import parse_lengths
 from rope_scaling.eval.methods import parse_method
-from rope_scaling.eval.rows import frequencies_sha256
 from rope_scaling.hf.adapters import load_adapter, record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
 from rope_scaling.hf.describe import read_description
-from rope_scaling.hf.loading import from_pretrained, load_config, load_model, load_tokenizer
+from rope_scaling.hf.loading import from_pretrained, load_config, load_model, load_skeleton, load_tokenizer
 from rope_scaling.hf.patch import patch, patch_record, patched_in_attention
 from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 from rope_scaling.recipes import card
-from rope_scaling.recipes.callbacks import (
-    PositionLosses,
-    StopOnInterrupt,
-    WholeCheckpoints,
-    last_checkpoint,
-    memory_gb,
-)
+from rope_scaling.recipes.callbacks import PositionLosses, StopOnInterrupt, memory_gb
+from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts
 from rope_scaling.recipes.config import Recipe, read_recipe
 from rope_scaling.recipes.measure import Measured
 from rope_scaling.recipes.preflight import check_patched, check_recipe
@@ -60,30 +54,31 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     Raises:
         RopeScalingError: anything that the user can mend.
     """
-    check_recipe(recipe)
     check_folder(output_dir, resume)
     arguments = training_arguments(recipe, output_dir)
     set_seed(arguments.seed)
     main_process = arguments.process_index == 0
 
-    # The model as it arrives, then patched; its losses either way.
-    model, tokenizer = load(recipe, arguments.device)
-    trained = reach(model)
+    # Everything that can be refused, without weights; then what it is trained and measured on.
+    rehearsal = rehearse(recipe)
+    tokenizer, trained, target = rehearsal.tokenizer, rehearsal.trained, rehearsal.target
     lengths = parse_lengths(recipe.evaluation.lengths, trained)
+    dataset = training_data(recipe, tokenizer)
     documents = evaluation_documents(recipe, tokenizer, lengths)
-    measured = Measured(recipe, name, documents, lengths, trained, output_dir)
+    collator = make_collator(recipe, tokenizer, target)
+
+    # The model as it arrives, then patched; its losses either way.
+    model = load(recipe, arguments.device)
+    measured = Measured(recipe, name, documents, lengths, trained, output_dir, resume)
     if main_process:
         measured.take("unpatched", model)
-    target = apply_patch(recipe, model)
-    check_patched(recipe, model, tokenizer, target, patched_in_attention(model))
+    apply_patch(recipe, model)
     if main_process:
         measured.take("before", model)
 
-    # What is trained, and on what.
+    # What is trained.
     saved_dtype = model.dtype
     trainable = prepare(recipe, model.to(getattr(torch, recipe.train_dtype)))
-    dataset = training_data(recipe, tokenizer)
-    collator = make_collator(recipe, tokenizer, target)
     facts = run_facts(recipe, model, dataset)
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
     trainer.add_callback(WholeCheckpoints(trainer, facts))
@@ -185,19 +180,40 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         raise RopeScalingError(f"`training`: {' '.join(str(error).split())}") from error
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuses a folder that another run would be written over."""
-    if (folder / "rows.jsonl").exists():
-        raise RopeScalingError(f"The run in {str(folder)!r} is finished. Give another `--output-dir`.")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        hint = ", or add `--resume` to go on" if any(folder.glob("checkpoint-*")) else ""
-        raise RopeScalingError(f"The output folder {str(folder)!r} exists and is not empty. Give a new one{hint}.")
+@dataclass(frozen=True)
+class Rehearsal:
+    """A recipe on its model without weights."""
+
+    model: Any
+    """Patched."""
+    tokenizer: Any
+    trained: int
+    """Tokens that the model reads as it arrives."""
+    target: int
+    """Tokens that it is to read."""
 
 
-def load(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
-    """Model and tokenizer as they arrive."""
+def rehearse(recipe: Recipe) -> Rehearsal:
+    """Patches and checks the model that a recipe names, without loading its weights.
+
+    Raises:
+        RopeScalingError: the run would be refused, or would train something else than the recipe says.
+    """
+    check_recipe(recipe)
+    tokenizer = tokenizer_of(recipe)
+    model: Any = load_skeleton(recipe.model, config_of(recipe))
+    model.tie_weights()
+    trained = max(slot.reach for slot in read_description(model).slots)
+    target = apply_patch(recipe, model)
+    check_patched(recipe, model, tokenizer, target, patched_in_attention(model))
+    prepare(recipe, copy.deepcopy(model))
+    return Rehearsal(model, tokenizer, trained, target)
+
+
+def load(recipe: Recipe, device: torch.device) -> Any:
+    """The model as it arrives."""
     extra: dict[str, Any] = {} if recipe.revision is None else {"revision": recipe.revision}
-    return load_model(recipe.model, device=str(device), config=config_of(recipe), **extra), tokenizer_of(recipe)
+    return load_model(recipe.model, device=str(device), config=config_of(recipe), **extra)
 
 
 def config_of(recipe: Recipe) -> Any:
@@ -216,11 +232,6 @@ def tokenizer_of(recipe: Recipe) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def reach(model: Any) -> int:
-    """Tokens that a model reads as it arrives."""
-    return max(slot.reach for slot in read_description(model).slots)
 
 
 def apply_patch(recipe: Recipe, model: Any) -> int:
@@ -266,22 +277,6 @@ def prepare(recipe: Recipe, model: Any) -> Any:
     if recipe.s2_group_size is not None:
         use_s2_attention(trainable, recipe.s2_group_size)
     return trainable if recipe.chunk_size is None else use_chunked_loss(trainable, recipe.chunk_size)
-
-
-def run_facts(recipe: Recipe, model: Any, dataset: Any) -> dict[str, Any]:
-    """What makes two runs the same run: a checkpoint of other facts is not resumed."""
-    record = patch_record(model)
-    settings = {"data": asdict(recipe.data), "lora": recipe.lora and asdict(recipe.lora), "s2": recipe.s2_group_size}
-    digest = hashlib.sha256(str(settings).encode())
-    if hasattr(dataset, "__len__"):
-        digest.update(
-            str([dataset[i]["input_ids"] for i in range(0, len(dataset), max(len(dataset) // 64, 1))]).encode()
-        )
-    return {
-        "patch": None if record is None else {key: record[key] for key in ("methods", "target_length")},
-        "frequencies": frequencies_sha256(model),
-        "settings_and_data_sha256": digest.hexdigest()[:16],
-    }
 
 
 def finish(recipe: Recipe, trainer: Trainer, tokenizer: Any, dtype: torch.dtype, target: int) -> None:

@@ -12,7 +12,6 @@ from rope_scaling.recipes.config import make_recipe, read_recipe, recipe_names
 from rope_scaling.recipes.plan import make_plan
 
 
-LLAMA = ("LlamaConfig", {})
 LLAMA3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "head_dim": 128, "hidden_size": 512}
 STAND_INS = {
     "huggyllama/llama-7b": ("LlamaConfig", 2048, {}),
@@ -31,6 +30,7 @@ STAND_INS = {
     "meta-llama/Meta-Llama-3-8B": ("LlamaConfig", 8192, LLAMA3),
     "meta-llama/Meta-Llama-3-8B-Instruct": ("LlamaConfig", 8192, LLAMA3),
     "princeton-nlp/Llama-3-8B-ProLong-64k-Base": ("LlamaConfig", 65536, LLAMA3),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("LlamaConfig", 8192, {"tie_word_embeddings": True}),
     "HuggingFaceTB/SmolLM2-135M": ("LlamaConfig", 8192, {"tie_word_embeddings": True}),
     "HuggingFaceTB/SmolLM2-360M": ("LlamaConfig", 8192, {"tie_word_embeddings": True}),
 }
@@ -70,7 +70,7 @@ def test_the_head_of_every_published_recipe_says_where_it_is_from():
     for name in recipe_names():
         text = (resources.files("rope_scaling.recipes") / f"{name}.yaml").read_text()
         assert f"rope-scaling finetune {name}\n" in text
-        if not name.startswith("demo"):
+        if not name.startswith(("demo", "smollm2")):
             assert "# Published: " in text and "# Expected: " in text and "# Hardware: " in text
 
 
@@ -127,6 +127,7 @@ PRE_FLIGHT = [
     (["lora.modules_to_save=[embed_tokens]", "lora.ensure_weight_tying=false"], "they would part"),
     (["data.source=./missing"], "There is no file or folder"),
     (["data.sequence_length=1024", "data.source=python-reference", "patch.method=yran"], "Did you mean 'yarn'?"),
+    (["evaluation.split=train"], "is what is trained on ('stdlib', split 'train')"),
     (["lora.target_modules=[query]"], "Target modules"),
 ]
 

@@ -17,7 +17,7 @@ from rope_scaling import RopeScalingError
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
-from rope_scaling.recipes.callbacks import MARKER
+from rope_scaling.recipes.checkpoints import MARKER
 from rope_scaling.recipes.config import read_recipe
 from rope_scaling.recipes.train import LongContextTrainer, finetune
 
@@ -219,6 +219,23 @@ def test_another_scaling_is_not_resumed(place, tmp_path):
         run(place, tmp_path / "out")
     with pytest.raises(RopeScalingError, match="no whole checkpoint"):
         run(place, tmp_path / "other", resume=True)
+
+
+def test_a_refused_run_leaves_nothing(place, tmp_path):
+    for override in (
+        "data.sequence_length=300",
+        f"data.source={place}/test/missing",
+        "patch.method=yran",
+        "lora.target_modules=[q]",
+    ):
+        with pytest.raises(RopeScalingError):
+            run(place, tmp_path / "out", override)
+        assert not (tmp_path / "out").exists()
+
+
+def test_stopped_before_its_first_step_a_run_starts_again(place, tmp_path):
+    (tmp_path / "out" / "curves").mkdir(parents=True)
+    assert run(place, tmp_path / "out", "training.max_steps=1")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(place, tmp_path):
