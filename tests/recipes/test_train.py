@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rope_scaling import RopeScalingError
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
+from rope_scaling.recipes import checkpoints
 from rope_scaling.recipes.checkpoints import MARKER
 from rope_scaling.recipes.config import read_recipe
 from rope_scaling.recipes.train import LongContextTrainer, finetune
@@ -281,3 +283,15 @@ def test_a_model_that_arrives_patched(place, tmp_path):
     with pytest.raises(RopeScalingError, match="saved under another patch than the recipe's"):
         run(place, tmp_path / "one", *arrived, "patch={method: ntk, factor: 2}")
     assert run(place, tmp_path / "two", *arrived, "patch={}")[0]["target_length"] == 256
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here")
+@pytest.mark.parametrize("launcher", ["single_gpu", "fsdp2"])
+def test_on_a_gpu(place, tmp_path, launcher):
+    file = Path(checkpoints.__file__).with_name("accelerate") / f"{launcher}.yaml"
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes=1"]
+    process = launch(place, tmp_path / "out", "training.bf16=true", launcher=accelerate)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert read_rows(tmp_path / "out" / "rows.jsonl")
