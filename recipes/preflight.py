@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.recipes.config import Recipe
 
@@ -90,6 +92,19 @@ def check_patched(recipe: Recipe, model: Any, tokenizer: Any, target_length: int
             "together. Give the model's own `tokenizer`."
         )
     _check_tying(recipe, config)
+
+
+def check_sharded(recipe: Recipe, fsdp: bool) -> None:
+    """Refuses the chunked loss under FSDP where the head, computed once more in backward, would find no weights.
+
+    Raises:
+        RopeScalingError: torch is older than 2.13.
+    """
+    if fsdp and recipe.chunk_size is not None and torch.__version__ < (2, 13):
+        raise RopeScalingError(
+            f"The chunked loss does not work under FSDP with torch {torch.__version__}. Update to 2.13, or give "
+            "`chunk_size=null`."
+        )
 
 
 def _check_window(recipe: Recipe, config: Any, target_length: int, in_attention: bool) -> None:

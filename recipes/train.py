@@ -34,7 +34,7 @@ from rope_scaling.recipes.callbacks import PositionLosses, StopOnInterrupt, memo
 from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts
 from rope_scaling.recipes.config import Recipe, read_recipe
 from rope_scaling.recipes.measure import Measured
-from rope_scaling.recipes.preflight import check_patched, check_recipe
+from rope_scaling.recipes.preflight import check_patched, check_recipe, check_sharded
 from rope_scaling.recipes.sequences import evaluation_documents, make_collator, training_data
 from rope_scaling.training import PoseCollator
 
@@ -81,6 +81,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     trainable = prepare(recipe, model.to(getattr(torch, recipe.train_dtype)))
     facts = run_facts(recipe, model, dataset)
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
+    check_sharded(recipe, trainer.is_fsdp_enabled)
     trainer.add_callback(WholeCheckpoints(trainer, facts))
     if every := recipe.evaluation.every:
         few, size = documents.items[:2], recipe.evaluation.chunk_size
