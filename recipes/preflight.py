@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.recipes.config import Recipe
@@ -100,7 +101,7 @@ def check_sharded(recipe: Recipe, fsdp: bool) -> None:
     Raises:
         RopeScalingError: torch is older than 2.13.
     """
-    if fsdp and recipe.chunk_size is not None and torch.__version__ < (2, 13):
+    if fsdp and recipe.chunk_size is not None and TorchVersion(torch.__version__) < "2.13":
         raise RopeScalingError(
             f"The chunked loss does not work under FSDP with torch {torch.__version__}. Update to 2.13, or give "
             "`chunk_size=null`."
