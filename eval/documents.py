@@ -25,6 +25,11 @@ class Document:
         """Hash of the token ids, 16 hexadecimal digits."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
+    @property
+    def cost(self) -> int:
+        """Its number of tokens."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class Documents:

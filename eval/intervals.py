@@ -1,7 +1,8 @@
-"""Bootstrap intervals. The unit is the document: tokens of one document are not independent of each other."""
+"""Intervals. The unit is the document: tokens of one document are not independent of each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,15 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A token-weighted mean in nats, with its 95% interval over documents (`None` with fewer than two of them)."""
+    """A mean, with its 95% interval over documents (`None` with fewer than two of them)."""
 
     mean: float
     low: float | None
     high: float | None
+
+    def fields(self, name: str) -> dict[str, float | None]:
+        """As fields of a row: `name`, `name_low`, `name_high`."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def resamples(num_documents: int, seed: int) -> np.ndarray:
@@ -37,5 +42,59 @@ def estimate(sums: np.ndarray, counts: np.ndarray, seed: int) -> Estimate:
     if len(sums) < 2:
         return Estimate(mean, None, None)
     weights = resamples(len(sums), seed)
-    low, high = np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])
+    drawn = weights @ counts
+    low, high = np.percentile((weights @ sums)[drawn > 0] / drawn[drawn > 0], [2.5, 97.5])
     return Estimate(mean, float(low), float(high))
+
+
+def wilson(correct: int, asked: int) -> Estimate:
+    """A share with its 95% Wilson score interval."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, asked).proportion_ci(method="wilson")
+    return Estimate(correct / asked, float(interval.low), float(interval.high))
+
+
+def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
+    """Two-sided exact p-value that two methods answer the same questions equally well.
+
+    Args:
+        one, other (`np.ndarray`): Whether each question was answered right, `[questions]`, in the same order.
+    """
+    from scipy.stats import binomtest
+
+    only_one, only_other = int((one & ~other).sum()), int((other & ~one).sum())
+    return float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
+
+
+def usable_length(
+    buckets: Sequence[np.ndarray], counts: Sequence[np.ndarray], reference: np.ndarray, tolerance: float, seed: int
+) -> tuple[int, int | None, int | None]:
+    """How many of the buckets that follow each other stay within a tolerance of the reference bucket.
+
+    Args:
+        buckets (list of `np.ndarray`): Nats summed over each document's tokens, a bucket each, nearest first,
+            `[documents]`.
+        counts (list of `np.ndarray`): Tokens of each document in each bucket, 0 where it ends before the bucket does.
+        reference (`np.ndarray`): Nats and tokens of each document in the bucket that is compared with,
+            `[2, documents]`.
+        tolerance (`float`): In nats a token.
+        seed (`int`): Of the bootstrap over documents.
+
+    Returns:
+        The number of buckets, and its 95% interval (`None` with fewer than two documents).
+    """
+    num_documents = reference.shape[1]
+    plain = np.ones((1, num_documents))
+    weights = np.concatenate([plain, resamples(num_documents, seed)]) if num_documents > 1 else plain
+    with np.errstate(divide="ignore", invalid="ignore"):
+        limit = (weights @ reference[0]) / (weights @ reference[1]) + tolerance
+        held = np.ones(len(weights), dtype=bool)
+        reached = np.zeros(len(weights), dtype=int)
+        for sums, tokens in zip(buckets, counts, strict=True):
+            held &= (weights @ sums) / (weights @ tokens) <= limit  # false where nothing was drawn
+            reached += held
+    if num_documents < 2:
+        return int(reached[0]), None, None
+    low, high = np.percentile(reached[1:], [2.5, 97.5], method="nearest")
+    return int(reached[0]), int(low), int(high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib import resources
@@ -43,6 +43,8 @@ class MethodSpec:
 
     def patched(self, model: Any, factor: float) -> AbstractContextManager[Any]:
         """The model under this method, with `factor` for those that are made for one and bring none."""
+        if self.method == UNPATCHED:
+            return nullcontext(model)
         return patched(model, *self.methods(factor), **self.patch_arguments(factor))
 
     def methods(self, factor: float) -> list[Any]:
@@ -85,6 +87,8 @@ def parse_method(text: str) -> MethodSpec:
     Raises:
         RopeScalingError: a name is unknown, or what follows it is in neither form.
     """
+    if text == UNPATCHED:
+        return MethodSpec(UNPATCHED, UNPATCHED, {})
     # A long list of factors is no name for a line of a table.
     names = "+".join(part.partition(":")[0] for part in _TOGETHER.split(text))
     label = text if len(text) <= _LONGEST_LABEL else f"{names}:{sha256(text.encode()).hexdigest()[:6]}"
@@ -95,17 +99,26 @@ def parse_method(text: str) -> MethodSpec:
 def _parse_part(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     known = [field.name for field in fields(method_class(name))]
-    arguments = _json_arguments(text, rest) if rest.startswith("{") else _plain_arguments(text, rest)
+    arguments = parse_arguments(text, rest)
     for taken in {"model", "method"} & arguments.keys():  # what `patch` itself calls its first two
         raise unknown_name(f"argument of {name!r}:", taken, known)
     return name, arguments
+
+
+def parse_arguments(text: str, rest: str) -> dict[str, Any]:
+    """What follows a name on the command line: `field=value,field=value` with JSON values, or a JSON object.
+
+    Raises:
+        RopeScalingError: it is neither; the message quotes `text`.
+    """
+    return _json_arguments(text, rest) if rest.startswith("{") else _plain_arguments(text, rest)
 
 
 def _json_arguments(text: str, rest: str) -> dict[str, Any]:
     try:
         return json.loads(rest)
     except json.JSONDecodeError as error:
-        raise RopeScalingError(f"Method {text!r}: what follows the name is no JSON object: {error}.") from error
+        raise RopeScalingError(f"{text!r}: what follows the name is no JSON object: {error}.") from error
 
 
 def _plain_arguments(text: str, rest: str) -> dict[str, Any]:
@@ -113,9 +126,7 @@ def _plain_arguments(text: str, rest: str) -> dict[str, Any]:
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise RopeScalingError(
-                f"Method {text!r}: {part!r} is not `field=value`. Write it as in `yarn:beta_fast=16`."
-            )
+            raise RopeScalingError(f"{text!r}: {part!r} is not `field=value`. Write it as in `yarn:beta_fast=16`.")
         try:
             arguments[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -140,11 +151,22 @@ def default_methods(model: str, factor: float) -> list[MethodSpec]:
             if factor == searched.get("factor"):
                 specs.append(MethodSpec(name, name, {"long_factor": searched["long_factor"]}))
         elif name == "self_extend":
-            # Groups that reach the longest length: G (L0 - w) + w with the default window of half the trained length.
-            specs.append(MethodSpec(name, name, {"group_size": max(math.ceil(2 * factor), 2)}))
+            specs.append(self_extend_to(factor))
         elif not needed and not issubclass(cls, Temperature):
             specs.append(MethodSpec(name, name, {}))
     return specs
+
+
+def self_extend_to(factor: float) -> MethodSpec:
+    """Self-Extend in groups that reach a length: G (L0 - w) + w with the default window of half the trained length."""
+    return MethodSpec("self_extend", "self_extend", {"group_size": max(math.ceil(2 * factor), 2)})
+
+
+def with_yarn(specs: list[MethodSpec], factor: float) -> list[MethodSpec]:
+    """The methods, with YaRN at the same factor before them unless it is there: no table is without it."""
+    if factor <= 1 or any(spec.label == "yarn" for spec in specs):
+        return specs
+    return [MethodSpec("yarn", "yarn", {}), *specs]
 
 
 def demo_longrope() -> dict[str, Any]:

@@ -65,9 +65,8 @@ def cropped_nll_curve(
 ) -> torch.Tensor:
     """The cropping baseline: the same tokens, with the model given only what fits in its trained length.
 
-    Within the trained length this is the plain pass. Beyond it, windows of the trained length start every half of it,
-    each with the document's first token (the BOS) in front, and the second half of each window is scored, so that
-    every token has between half and all of the trained length before it.
+    Within the trained length this is the plain pass. Beyond it, every token has between half and all of the trained
+    length before it.
 
     Args:
         model (`nn.Module`): The unpatched model.
@@ -79,19 +78,40 @@ def cropped_nll_curve(
     Returns:
         `torch.Tensor`: `[T - 1]`, float32.
     """
-    half = trained_length // 2
-    curve = plain.clone()
-    starts = list(range(half, len(ids) - half, half))
-    full = [start for start in starts if start + trained_length <= len(ids)]
-    rows = max(chunk_size // trained_length, 1)
+    return windowed_nll_curve(model, ids, plain, trained_length, trained_length - trained_length // 2, chunk_size)
+
+
+def windowed_nll_curve(
+    model: torch.nn.Module, ids: torch.Tensor, plain: torch.Tensor, window: int, stride: int, chunk_size: int
+) -> torch.Tensor:
+    """A curve whose tokens beyond the first window see no more than a window of tokens.
+
+    Windows start every `stride` tokens, each with the document's first token (the BOS) in front, and of each the last
+    `stride` tokens are scored: those have between `window - stride` and `window` tokens before them.
+
+    Args:
+        model (`nn.Module`): A causal language model.
+        ids (`torch.Tensor`): Token ids of one document, `[T]`.
+        plain (`torch.Tensor`): What stands in the curve for tokens of the first window, `[T - 1]`.
+        window (`int`): Tokens of a window.
+        stride (`int`): Tokens from one window to the next, less than `window`.
+        chunk_size (`int`): Tokens of a forward call.
+
+    Returns:
+        `torch.Tensor`: `[T - 1]`, float32.
+    """
+    curve, seen = plain.clone(), window - stride
+    starts = list(range(stride, len(ids) - seen, stride))
+    full = [start for start in starts if start + window <= len(ids)]
+    rows = max(chunk_size // window, 1)
     groups = [full[i : i + rows] for i in range(0, len(full), rows)] + [
         [start] for start in starts if start not in full
     ]
     for group in groups:
-        windows = torch.stack([torch.cat([ids[:1], ids[start + 1 : start + trained_length]]) for start in group])
+        windows = torch.stack([torch.cat([ids[:1], ids[start + 1 : start + window]]) for start in group])
         losses = nll_curve(model, windows, chunk_size)
         for start, loss in zip(group, losses, strict=True):
-            curve[start + half - 1 : start + len(loss)] = loss[half - 1 :]
+            curve[start + seen - 1 : start + len(loss)] = loss[seen - 1 :]
     return curve
 
 

@@ -1,15 +1,26 @@
-"""Tables and plots, made from rows and curves alone."""
+"""Tables, made from rows alone."""
 
 from __future__ import annotations
 
 import math
-from itertools import cycle, pairwise, product
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from rope_scaling.eval.methods import CROPPING, UNPATCHED
+from rope_scaling.eval.summary import summarise
+
+
+Row = dict[str, Any]
+
+PROTOCOLS = ("yarn_truncate", "yarn_stride", "pose_stride", "longlora_stream")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a header and lines; the first column names methods."""
+
+    title: str
+    lines: list[list[str]]
 
 
 def length_name(length: int, trained_length: int) -> str:
@@ -20,14 +31,14 @@ def length_name(length: int, trained_length: int) -> str:
     return f"{ratio:g}x" if ratio in (0.25, 0.5) or ratio == int(ratio) else f"{length}"
 
 
-def bucket_names(rows: list[dict[str, Any]]) -> list[tuple[tuple[int, int], str]]:
+def bucket_names(rows: list[Row]) -> list[tuple[tuple[int, int], str]]:
     """The buckets that rows have, each with its name, in order."""
     buckets = sorted({(row["from"], row["to"]) for row in rows if row["measure"] == "bucket"})
     trained = rows[0]["trained_length"]
     return [(bucket, f"({length_name(bucket[0], trained)},{length_name(bucket[1], trained)}]") for bucket in buckets]
 
 
-def perplexity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def perplexity_table(rows: list[Row]) -> list[list[str]]:
     """Header and one line a method: perplexity in every bucket of positions, then of all of the longest length."""
     longest, trained = rows[0]["lengths"][-1], rows[0]["trained_length"]
     columns = [("bucket", *bucket) for bucket, _ in bucket_names(rows)] + [("prefix", 0, longest)]
@@ -38,25 +49,35 @@ def perplexity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def difference_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and one line a method: paired difference to the unpatched model in the buckets around and beyond 1x."""
+def difference_table(rows: list[Row], field: str = "difference", omit: str = UNPATCHED) -> list[list[str]]:
+    """Header and one line a method: a paired difference in the buckets around and beyond 1x."""
     trained = rows[0]["trained_length"]
     buckets = [bucket for bucket in bucket_names(rows) if bucket[0][1] >= trained]
     buckets = buckets[:1] + buckets[-2:] if len(buckets) > 3 else buckets
     return [["method", *(name for _, name in buckets)]] + [
-        [method, *("" if row is None else difference_text(row) for row in found)]
+        [method, *("" if row is None else difference_text(row, field) for row in found)]
         for method, found in _by_method(rows, [("bucket", *bucket) for bucket, _ in buckets])
-        if method != UNPATCHED
+        if method != omit
     ]
 
 
-def _by_method(
-    rows: list[dict[str, Any]], columns: list[tuple[str, int, int]]
-) -> list[tuple[str, list[dict[str, Any] | None]]]:
+def _by_method(rows: list[Row], columns: list[tuple[str, int, int]]) -> list[tuple[str, list[Row | None]]]:
     """Each method's rows for the columns: kind of measure, and the positions from and to."""
-    found = {(row["method"], row["measure"], row["from"], row["to"]): row for row in rows}
+    found = {(row["method"], row["measure"], row.get("from"), row.get("to")): row for row in rows}
     methods = dict.fromkeys(row["method"] for row in rows)
     return [(method, [found.get((method, *column)) for column in columns]) for method in methods]
+
+
+def _by_length(rows: list[Row], measure: str, text: Any) -> list[list[str]]:
+    """Header and one line a method: a text made of the row of every length."""
+    trained = rows[0]["trained_length"]
+    lengths = sorted({row["to"] for row in rows if row["measure"] == measure})
+    found = {(row["method"], row["to"]): row for row in rows if row["measure"] == measure}
+    header = ["method", *(length_name(length, trained) for length in lengths)]
+    return [header] + [
+        [method, *(text(found[method, length]) if (method, length) in found else "" for length in lengths)]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
 
 
 def perplexity_text(nll: float) -> str:
@@ -65,115 +86,132 @@ def perplexity_text(nll: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
 
 
-def difference_text(row: dict[str, Any]) -> str:
+def difference_text(row: Row, field: str = "difference") -> str:
     """A paired difference in nats, with its interval where there is one."""
-    text = f"{row['difference']:+.2f}"
-    return (
-        text
-        if row["difference_low"] is None
-        else f"{text} [{row['difference_low']:+.2f},{row['difference_high']:+.2f}]"
-    )
+    text = f"{row[field]:+.2f}"
+    low, high = row[f"{field}_low"], row[f"{field}_high"]
+    return text if low is None else f"{text} [{low:+.2f},{high:+.2f}]"
 
 
-def conditions(rows: list[dict[str, Any]]) -> str:
+def accuracy_text(row: Row) -> str:
+    """Answers right of those asked, and the interval of the share in percent."""
+    low, high = 100 * row["accuracy_low"], 100 * row["accuracy_high"]
+    return f"{row['correct']}/{row['asked']} [{low:.0f},{high:.0f}]%"
+
+
+def _score_text(row: Row) -> str:
+    low, high = row["score_low"], row["score_high"]
+    return f"{row['score']:.3f}" if low is None else f"{row['score']:.3f} [{low:.3f},{high:.3f}]"
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """Every table that rows of one model hold, the summary first."""
+    found = []
+    summary = summarise(rows)
+    if any(one.usable_length is not None for one in summary.values()):
+        found.append(Table("Summary", summary_table(rows)))
+    tasks = {task: [row for row in rows if row["task"] == task] for task in dict.fromkeys(r["task"] for r in rows)}
+    for task, own in tasks.items():
+        trained = own[0]["trained_length"]
+        kinds = {row["measure"] for row in own}
+        if task == "perplexity":
+            found.append(Table(f"Perplexity by position, 1x = {trained} tokens", perplexity_table(own)))
+            title = "Difference to {} on the same tokens, nats a token, 95% interval"
+            found.append(Table(title.format(UNPATCHED), difference_table(own)))
+            if "to_cropping" in own[0]:
+                found.append(Table(title.format(CROPPING), difference_table(own, "to_cropping", CROPPING)))
+        elif task == "key_tokens":
+            count = max(row["tokens"] for row in own)
+            found.append(Table(f"Perplexity of the {count} key tokens, by position", perplexity_table(own)))
+            title = f"Key tokens: difference to {CROPPING}, nats a token, 95% interval"
+            found.append(Table(title, difference_table(own, "to_cropping", CROPPING)))
+        elif "context" in kinds:
+            title = "Context gain: nats a token that more context than 1x saves on the same last tokens, 95% interval"
+            found.append(Table(title, _by_length(own, "context", lambda row: difference_text(row, "gain"))))
+            title = f"The same tokens: difference to {CROPPING}, nats a token, 95% interval"
+            found.append(Table(title, _by_length(own, "context", lambda row: difference_text(row, "to_cropping"))))
+        elif "protocol" in kinds:
+            text = _by_length(own, "protocol", lambda row: perplexity_text(row["nll"]))
+            read = sum(row["tokens_read"] for row in own if row["method"] == UNPATCHED)
+            found.append(Table(f"Perplexity by the protocol {task}, {read:,} tokens read a method", text))
+        elif "harness" in kinds:
+            for metric in dict.fromkeys(row["metric"] for row in own if row["metric"] != str(row["to"])):
+                part = [row for row in own if row["metric"] == metric]
+                title = f"{task}, {metric} ({own[0]['harness']}), 95% interval"
+                found.append(Table(title, _by_length(part, "harness", _score_text)))
+            if part := [row for row in own if row["metric"] == str(row["to"])]:
+                title = f"{task} ({own[0]['harness']}, a subset of RULER), 95% interval"
+                found.append(Table(title, _by_length(part, "harness", _score_text)))
+        elif "length" in kinds:
+            found.append(Table(f"{task}: answers right, 95% interval", _by_length(own, "length", accuracy_text)))
+            text = _by_length(own, "length", lambda row: f"{row['nll']:.2f}")
+            found.append(Table(f"{task}: nats a token of the right answer", text))
+    return found
+
+
+def summary_table(rows: list[Row]) -> list[list[str]]:
+    """Header and one line a method: what a reader wants to know first."""
+    summary = summarise(rows)
+    trained = rows[0]["trained_length"]
+    retrieval = sorted({task for one in summary.values() for task in one.accuracy})
+    gains = any(one.context_gain is not None for one in summary.values())
+    longest = length_name(rows[0]["lengths"][-1], trained)
+    header = ["method", "usable length", "tax below 1x, nats", f"to cropping at {longest}, nats"]
+    header += ["context gain, nats"] * gains + [f"{task} at {longest}" for task in retrieval]
+    lines = [header]
+    for method, one in summary.items():
+        cells = [method, "", "", ""]
+        if one.usable_length is not None:
+            low, high = one.usable_length["usable_length_low"], one.usable_length["usable_length_high"]
+            cells[1] = length_name(one.usable_length["usable_length"], trained)
+            cells[1] += "" if low is None else f" [{length_name(low, trained)},{length_name(high, trained)}]"
+        cells[2] = "" if one.tax is None else difference_text(one.tax)
+        if one.far is not None and "to_cropping" in one.far:
+            cells[3] = difference_text(one.far, "to_cropping")
+        cells += [difference_text(one.context_gain, "gain") if one.context_gain else ""] * gains
+        cells += [accuracy_text(one.accuracy[task]) if task in one.accuracy else "" for task in retrieval]
+        lines.append(cells)
+    return lines
+
+
+def conditions(rows: list[Row]) -> str:
     """One line that says under which conditions the numbers hold."""
     row = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items()))
-    count = max(r["documents"] for r in rows)
+    counted = [r for r in rows if "documents" in r]
+    if counted:
+        most = max(counted, key=lambda r: r["documents"])
+        read = f"{most['documents']} documents of {row['data']} ({most['documents_sha256']})"
+    else:
+        read = f"text of {row['data']}"
     return (
-        f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, "
-        f"{count} documents of {row['data']} ({row['documents_sha256']}), {row['dtype']} on {row['device']}, "
-        f"chunks of {row['chunk_size']} tokens; {versions}"
+        f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, {read}, "
+        f"{row['dtype']} on {row['device']}, chunks of {row['chunk_size']} tokens; {versions}"
     )
 
 
-def markdown_tables(rows: list[dict[str, Any]]) -> str:
-    """Both tables in Markdown, with their conditions under them."""
+def markdown_tables(rows: list[Row]) -> str:
+    """All tables in Markdown, with their conditions under them."""
     texts = []
-    for title, table in _titled(rows):
-        lines = ["| " + " | ".join(cells) + " |" for cells in table]
-        texts += [f"{title}:", "", lines[0], "|" + " --- |" + " ---: |" * (len(table[0]) - 1), *lines[1:], ""]
+    for table in tables(rows):
+        lines = ["| " + " | ".join(cells) + " |" for cells in table.lines]
+        rule = "|" + " --- |" + " ---: |" * (len(table.lines[0]) - 1)
+        texts += [f"{table.title}:", "", lines[0], rule, *lines[1:], ""]
     return "\n".join([*texts, f"{conditions(rows)}.", ""])
 
 
-def print_tables(rows: list[dict[str, Any]], console: Any) -> None:
-    """Both tables in the terminal."""
+def print_tables(rows: list[Row], console: Any) -> None:
+    """All tables in the terminal."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Table as Printed
 
-    for title, (header, *lines) in _titled(rows):
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for table in tables(rows):
+        header, *lines = table.lines
+        printed = Printed(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+            printed.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
         for cells in lines:
-            table.add_row(*cells, style="bold" if cells[0] in (UNPATCHED, CROPPING) else None)
-        console.print(table)
+            printed.add_row(*cells, style="bold" if cells[0] in (UNPATCHED, CROPPING) else None)
+        console.print(printed)
         console.print()
     console.print(f"{conditions(rows)}.")
-
-
-def _titled(rows: list[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
-    return [
-        (f"Perplexity by position, 1x = {rows[0]['trained_length']} tokens", perplexity_table(rows)),
-        ("Difference to unpatched on the same tokens, nats a token, 95% interval", difference_table(rows)),
-    ]
-
-
-def plot_curves(curves: dict[str, list[np.ndarray]], trained_length: int, title: str, path: Path) -> None:
-    """Loss against position, one line a method, on a logarithmic axis of positions.
-
-    Args:
-        curves (`dict` of label to list of `np.ndarray`): Loss at every position, one array `[T - 1]` a document.
-        trained_length (`int`): Marked by a vertical line, in tokens.
-        title (`str`): Written above the plot.
-        path (`Path`): PNG to write.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, max(5.6, 0.22 * len(curves))), layout="constrained")
-    axes = figure.subplots()
-    longest = max(len(curve) for values in curves.values() for curve in values)
-    edges = np.unique(np.geomspace(max(trained_length / 8, 2), longest, 28).astype(int))
-    # Every colour once with each kind of line, so that no number of methods runs out of them.
-    styles = product(("-", "-.", ":"), colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    looks = cycle({"linestyle": line, "color": colour} for line, colour in styles)
-    last = {}
-    for label, values in curves.items():
-        positions, losses = _binned(values, edges)
-        style: dict[str, Any] = {"linewidth": 1.4}
-        if label in (UNPATCHED, CROPPING):
-            style = {"color": "black", "linestyle": "-" if label == UNPATCHED else "--", "linewidth": 2.2}
-        axes.plot(positions, losses, label=label, **(next(looks) | style))
-        last[label] = losses[-1]
-    axes.axvline(trained_length, color="grey", linestyle=":")
-    axes.annotate(
-        "trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
-    )
-    axes.set_xscale("log", base=2)
-    ticks = [trained_length * 2**k for k in range(-3, 12) if edges[0] <= trained_length * 2**k <= longest * 1.01]
-    axes.set_xticks(ticks, [f"{tick:g}\n{tick / trained_length:g}x" for tick in ticks])
-    axes.set(xlabel="position, tokens", ylabel="loss, nats a token", title=title, xlim=(edges[0], longest * 1.01))
-    axes.grid(alpha=0.3)
-    # In the order in which the lines end, top to bottom, so that legend and lines can be matched by eye.
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: -last[labels[i]])
-    axes.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=130)
-
-
-def _binned(values: list[np.ndarray], edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss over all documents in each bin of positions, at the bin's geometric middle."""
-    positions, losses = [], []
-    for low, high in pairwise(edges):
-        inside = [curve[low:high] for curve in values if len(curve) > low]
-        if inside:
-            positions.append(math.sqrt(low * high) + 1)
-            losses.append(float(np.concatenate(inside).mean()))
-    return np.array(positions), np.array(losses)

@@ -39,7 +39,12 @@ def frequencies_sha256(model: torch.nn.Module) -> str:
 
 def documents_sha256(documents: Documents) -> str:
     """Hash of the tokens of all documents, 16 hexadecimal digits."""
-    return hashlib.sha256("".join(one.sha256 for one in documents.items).encode()).hexdigest()[:16]
+    return hash_of("".join(one.sha256 for one in documents.items).encode())
+
+
+def hash_of(data: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def position_buckets(lengths: list[int], trained_length: int) -> list[tuple[int, int]]:
@@ -50,7 +55,14 @@ def position_buckets(lengths: list[int], trained_length: int) -> list[tuple[int,
 
 
 def measure(
-    curves: list[np.ndarray], reference: list[np.ndarray], lengths: list[int], trained_length: int, seed: int
+    curves: list[np.ndarray],
+    reference: list[np.ndarray],
+    lengths: list[int],
+    trained_length: int,
+    seed: int,
+    *,
+    cropping: list[np.ndarray] | None = None,
+    masks: list[np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Bucket and prefix measurements of one method, paired with the unpatched model on the same tokens.
 
@@ -62,7 +74,10 @@ def measure(
         lengths (`list[int]`): Lengths of the prefixes, ascending.
         trained_length (`int`): The model's, in tokens.
         seed (`int`): Of the bootstrap.
+        cropping (list of `np.ndarray`, *optional*): Those of the cropping baseline, to be paired with too.
+        masks (list of `np.ndarray`, *optional*): Which tokens count, one a document, `[T - 1]`; all by default.
     """
+    kept = [np.ones(len(curve), dtype=bool) for curve in curves] if masks is None else masks
     spans = [("bucket", *bucket) for bucket in position_buckets(lengths, trained_length)]
     spans += [("prefix", 0, length) for length in lengths]
     rows = []
@@ -72,25 +87,20 @@ def measure(
         chosen = [i for i, curve in enumerate(curves) if len(curve) >= end - 1]
         if not chosen:
             continue
-        sums = np.array([curves[i][inside].sum(dtype=np.float64) for i in chosen])
-        base = np.array([reference[i][inside].sum(dtype=np.float64) for i in chosen])
-        counts = np.array([len(curves[i][inside]) for i in chosen], dtype=np.float64)
-        own, paired = estimate(sums, counts, seed), estimate(sums - base, counts, seed)
-        rows.append(
-            {
-                "measure": kind,
-                "from": start,
-                "to": end,
-                "nll": own.mean,
-                "nll_low": own.low,
-                "nll_high": own.high,
-                "difference": paired.mean,
-                "difference_low": paired.low,
-                "difference_high": paired.high,
-                "documents": len(chosen),
-                "tokens": int(counts.sum()),
-            }
-        )
+        counts = np.array([kept[i][inside].sum() for i in chosen], dtype=np.float64)
+        if not counts.sum():
+            continue
+
+        def sums(values: list[np.ndarray], inside: slice = inside, chosen: list[int] = chosen) -> np.ndarray:
+            return np.array([values[i][inside][kept[i][inside]].sum(dtype=np.float64) for i in chosen])
+
+        own = sums(curves)
+        row = {"measure": kind, "from": start, "to": end, "documents": len(chosen), "tokens": int(counts.sum())}
+        row |= estimate(own, counts, seed).fields("nll")
+        row |= estimate(own - sums(reference), counts, seed).fields("difference")
+        if cropping is not None:
+            row |= estimate(own - sums(cropping), counts, seed).fields("to_cropping")
+        rows.append(row)
     return rows
 
 

@@ -1,32 +1,28 @@
-"""Evaluates methods on one loaded model, resumably, and writes rows, curves, a table and a plot."""
+"""Evaluates methods on one loaded model by tasks, resumably, and writes rows and scores."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.documents import Document, Documents
-from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec
-from rope_scaling.eval.perplexity import check_static, cropped_nll_curve, nll_curve
-from rope_scaling.eval.rows import (
-    SCHEMA,
-    documents_sha256,
-    environment,
-    frequencies_sha256,
-    measure,
-    write_atomically,
-    write_rows,
-)
+from rope_scaling.eval.config import EvaluationConfig, check_lengths
+from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec, with_yarn
+from rope_scaling.eval.perplexity import check_static
+from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256
+from rope_scaling.eval.store import SavedScores, Store, run_settings
+from rope_scaling.eval.suites import check_tasks
+from rope_scaling.eval.tasks import Row, Scores, Work
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -37,79 +33,56 @@ Progress = Callable[[str, int], None]
 """Called with the method's label and the number of tokens just scored."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What a run measures; two runs with equal settings give equal rows."""
-
-    model: str
-    data: str
-    lengths: list[int]
-    """Lengths in tokens, ascending."""
-    trained_length: int
-    """Tokens that the model reads as it arrives, `1x`."""
-    factor: float
-    """Factor that methods are patched with."""
-    dtype: str
-    device: str
-    chunk_size: int = 2048
-    """Tokens of a forward call."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Curves:
+@dataclass
+class Measured:
     """What was measured of one method."""
 
     label: str
-    values: list[np.ndarray]
-    """Loss at every position in nats, one array a document, `[T - 1]`."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
     """What was in effect, read back from the model."""
-
-
-def check_lengths(lengths: list[int]) -> None:
-    """Raises `RopeScalingError` unless lengths are at least 2 tokens and strictly ascending."""
-    if not lengths or any(length < 2 for length in lengths):
-        raise RopeScalingError(f"`lengths` must be one or more numbers of tokens, at least 2; got {lengths}.")
-    if any(later <= earlier for earlier, later in pairwise(lengths)):
-        raise RopeScalingError(
-            f"`lengths` must be ascending, without repetition; got {lengths}. Give {sorted(set(lengths))}."
-        )
+    scores: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """By task, one array an item."""
+    costs: list[Row] = field(default_factory=list)
 
 
 def evaluate(
     model: torch.nn.Module,
-    documents: Documents,
+    work: list[Work],
     methods: list[MethodSpec],
     config: EvaluationConfig,
     output: Path | None = None,
     progress: Progress = lambda label, tokens: None,
-) -> tuple[list[dict[str, Any]], list[Curves]]:
-    """Measures the unpatched model, the cropping baseline and every method on the same tokens.
+) -> tuple[list[Row], list[Measured]]:
+    """Measures the unpatched model, the cropping baseline, YaRN and every method on the same items.
+
+    Under `torchrun` or `accelerate launch` the processes share the items; every process returns all rows, and the
+    first one writes them.
 
     Args:
         model (`nn.Module`): The unpatched model; it is left as it was.
-        documents (`Documents`): What `make_documents` gave.
-        methods (list of `MethodSpec`): Methods beside the two baselines.
+        work (list of `Work`): What `prepare` gave for some tasks.
+        methods (list of `MethodSpec`): Methods beside the baselines.
         config (`EvaluationConfig`): Settings, recorded in every row.
-        output (`Path`, *optional*): Folder for rows and curves. An unfinished run of the same settings in it
-            is resumed at the document where it stopped.
-        progress (callable, *optional*): Called after every forward pass over documents.
+        output (`Path`, *optional*): Folder for rows and scores. An unfinished run of the same settings in it
+            is resumed at the item where it stopped.
+        progress (callable, *optional*): Called after every item.
 
     Returns:
-        Rows as plain data, and the curves they were computed from.
+        Rows as plain data, and the scores they were computed from.
 
     Raises:
-        RopeScalingError: frequencies depend on the length, losses are not finite, or `output` holds another run.
+        RopeScalingError: frequencies depend on the length, scores are not finite, or `output` holds another run.
     """
     check_lengths(config.lengths)
     check_static(model)
+    check_tasks([one.task for one in work])
     slots = rotary_slots(model)
     if applied_patch(slots) is not None or hasattr(slots[0].config, RECORD_KEY):
         raise RopeScalingError(
             "This model is patched, so it cannot be its own baseline. Give the unpatched one (`unpatch(model)`), and "
             "the patch among the methods."
         )
+    methods = with_yarn(methods, config.factor)
     labels = [UNPATCHED, CROPPING, *(spec.label for spec in methods)]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise RopeScalingError(f"Each method may stand in a table once; given twice: {', '.join(sorted(twice))}.")
@@ -117,31 +90,46 @@ def evaluate(
         # Anything wrong with a method shows before the first is measured.
         with spec.patched(model, config.factor):
             pass
-    store = _Store(output, config, documents)
-    plain = _measure_curves(model, documents.items, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
-    cropped = _measure_cropping(model, documents.items, plain, config, store, progress)
+    store = Store(output if PartialState().is_main_process else None, config, work)
+    plain = _measure(model, work, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
+    cropped = _measure(model, work, MethodSpec(CROPPING, UNPATCHED, {}), config, store, progress, plain)
     measured = [plain, cropped]
     for spec in methods:
         with spec.patched(model, config.factor):
-            measured.append(_measure_curves(model, documents.items, spec, config, store, progress))
-    shared = {"schema": SCHEMA, "task": "perplexity", **_settings(config, documents), "versions": environment()}
-    rows = [
-        {**shared, **curves.facts, **row}
-        for curves in measured
-        for row in measure(curves.values, plain.values, config.lengths, config.trained_length, config.seed)
-    ]
-    store.finish(rows)
+            measured.append(_measure(model, work, spec, config, store, progress))
+    rows = [row for one in work for row in _rows(one, measured, config)]
+    store.finish(rows, [cost for one in measured for cost in one.costs])
     return rows, measured
 
 
-def _measure_curves(
+def _rows(one: Work, measured: list[Measured], config: EvaluationConfig) -> list[Row]:
+    shared = {
+        "schema": SCHEMA,
+        "task": one.task.name,
+        **({"settings": vars(one.task)} if vars(one.task) else {}),
+        **vars(config),
+        "documents_sha256": one.sha256,
+        "documents_skipped": one.skipped,
+        "versions": environment(),
+    }
+    plain, cropped = (method.scores[one.task.name] for method in measured[:2])
+    return [
+        {**shared, **method.facts, **row}
+        for method in measured
+        for row in one.task.rows(one.items, Scores(method.scores[one.task.name], plain, cropped), config)
+    ]
+
+
+def _measure(
     model: torch.nn.Module,
-    items: list[Document],
+    work: list[Work],
     spec: MethodSpec,
     config: EvaluationConfig,
-    store: _Store,
+    store: Store,
     progress: Progress,
-) -> Curves:
+    plain: Measured | None = None,
+) -> Measured:
+    """The scores of the model as it is now; the cropping baseline's if scores of the unpatched model are given."""
     slot = read_description(model).slots[0]
     facts = {
         "method": spec.label,
@@ -151,127 +139,68 @@ def _measure_curves(
         "attention_factor": slot.attention_factor,
         "frequencies_sha256": frequencies_sha256(model),
     }
+    measured = Measured(spec.label, facts)
+    for one in work:
+        saved = store.open(one.task.stored_as(config), spec.label, facts["frequencies_sha256"])
+        known = None if plain is None else plain.scores[one.task.name]
 
-    def score(document: Document) -> torch.Tensor:
-        return nll_curve(model, document.ids[None], config.chunk_size)[0]
+        def score(index: int, one: Work = one, known: list[np.ndarray] | None = known) -> np.ndarray:
+            if known is None:
+                return one.task.score(model, one.items[index], config)
+            return one.task.score_cropped(model, one.items[index], known[index], config)
 
-    values = _score_all(items, store.open(spec.label, facts["frequencies_sha256"]), score, spec.label, progress)
+        started = time.monotonic()
+        tokens, measured.scores[one.task.name] = _score_all(one, saved, score, spec.label, progress)
+        if tokens:
+            seconds = time.monotonic() - started
+            cost = {"method": spec.label, "task": one.task.name, "tokens": tokens, "seconds": round(seconds, 3)}
+            peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+            measured.costs.append({**cost, **peak, "processes": PartialState().num_processes})
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
         raise RopeScalingError(
             f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing."
         )
-    return Curves(spec.label, values, facts)
-
-
-def _measure_cropping(
-    model: torch.nn.Module,
-    items: list[Document],
-    plain: Curves,
-    config: EvaluationConfig,
-    store: _Store,
-    progress: Progress,
-) -> Curves:
-    facts = {**plain.facts, "method": CROPPING}
-    known = {document.sha256: torch.from_numpy(curve) for document, curve in zip(items, plain.values, strict=True)}
-
-    def score(document: Document) -> torch.Tensor:
-        return cropped_nll_curve(model, document.ids, known[document.sha256], config.trained_length, config.chunk_size)
-
-    saved = store.open(CROPPING, facts["frequencies_sha256"])
-    return Curves(CROPPING, _score_all(items, saved, score, CROPPING, progress), facts)
+    return measured
 
 
 def _score_all(
-    items: list[Document],
-    saved: _SavedCurves,
-    score: Callable[[Document], torch.Tensor],
-    label: str,
-    progress: Progress,
-) -> list[np.ndarray]:
-    for document in items:
-        if document.sha256 not in saved.curves:
-            curve = score(document).numpy()
-            if not np.isfinite(curve).all():
-                raise RopeScalingError(
-                    f"{label!r} gives losses that are not finite on {document.name!r}: nothing to average."
-                )
-            saved.curves[document.sha256] = curve
+    one: Work, saved: SavedScores, score: Callable[[int], np.ndarray], label: str, progress: Progress
+) -> tuple[int, list[np.ndarray]]:
+    """Scores of all items, those not yet saved shared among processes; and the tokens that this took."""
+    state = PartialState()
+    # Only the first process has read what is saved.
+    (scores,) = broadcast_object_list([saved.scores])
+    hashes = [item.sha256 for item in one.items]
+    missing = [index for index, name in enumerate(hashes) if name not in scores]
+    for index, item in enumerate(one.items):
+        if index not in missing:
+            progress(label, item.cost)
+    for start in range(0, len(missing), state.num_processes):
+        mine = missing[start + state.process_index : start + state.process_index + 1]
+        found = gather_object([_attempt(score, index, one, label) for index in mine])
+        for index, values, error in found:
+            if error:
+                raise RopeScalingError(error)
+            scores[hashes[index]] = values
+            progress(label, one.items[index].cost)
+        if state.is_main_process:
+            saved.scores = scores
             saved.write()
-        progress(label, len(document.ids))
-    return [saved.curves[document.sha256] for document in items]
+    return sum(one.items[index].cost for index in missing), [scores[name] for name in hashes]
 
 
-def _settings(config: EvaluationConfig, documents: Documents) -> dict[str, Any]:
-    return {
-        **vars(config),
-        "documents_sha256": documents_sha256(documents),
-        "documents_skipped": documents.skipped,
-    }
+def _attempt(score: Callable[[int], np.ndarray], index: int, one: Work, label: str) -> tuple[int, Any, str]:
+    """An error is handed on, so that no process waits for one that has stopped."""
+    try:
+        values = score(index)
+    except RopeScalingError as error:
+        return index, None, str(error)
+    if not np.isfinite(values).all():
+        name = one.items[index].name
+        return index, None, f"{label!r} gives losses that are not finite on {name!r}: nothing to average."
+    return index, values, ""
 
 
-def settings_sha256(config: EvaluationConfig, documents: Documents) -> str:
+def settings_sha256(config: EvaluationConfig, work: list[Work]) -> str:
     """A name for a run: runs of equal settings and versions share it, 8 hexadecimal digits."""
-    settings = {**_settings(config, documents), "versions": environment()}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-class _SavedCurves:
-    """The curves of one method on disk, by hash of the document; rewritten whole and atomically."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.curves: dict[str, np.ndarray] = {}
-        if path is not None and path.exists():
-            with np.load(path) as stored:
-                self.curves = dict(stored)
-
-    def write(self) -> None:
-        if self.path is not None:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **self.curves)  # type: ignore[arg-type]
-            write_atomically(self.path, buffer.getvalue())
-
-
-class _Store:
-    """The output folder: settings first, so that no run continues another's; rows only when all of them are there."""
-
-    def __init__(self, folder: Path | None, config: EvaluationConfig, documents: Documents):
-        self.folder = folder
-        if folder is None:
-            return
-        # Versions are part of the settings: curves of two versions must not meet in one table.
-        hashes = {document.name: document.sha256 for document in documents.items}
-        settings = {**_settings(config, documents), "documents": hashes, "versions": environment()}
-        recorded = folder / "settings.json"
-        if recorded.exists():
-            self._compare(json.loads(recorded.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
-        elif folder.exists() and any(folder.iterdir()):
-            raise RopeScalingError(
-                f"The output folder {str(folder)!r} exists and holds other files. Give a new or empty one."
-            )
-        try:
-            (folder / "curves").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RopeScalingError(f"Cannot make the output folder {str(folder)!r}: {error}") from error
-        write_atomically(recorded, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
-
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        # `documents` says the same as `documents_sha256`, at length.
-        keys = sorted((old.keys() | new.keys()) - {"documents"})
-        different = [key for key in keys if old.get(key) != new.get(key)]
-        if different:
-            changes = ", ".join(f"{key} (there {old.get(key)!r}, now {new.get(key)!r})" for key in different)
-            raise RopeScalingError(
-                f"The output folder {str(self.folder)!r} holds rows of another run: {changes}. Give another "
-                "`--output`."
-            )
-
-    def open(self, label: str, frequencies: str) -> _SavedCurves:
-        if self.folder is None:
-            return _SavedCurves(None)
-        safe = "".join(letter if letter.isalnum() or letter in "_=.-" else "+" for letter in label)[:80]
-        return _SavedCurves(self.folder / "curves" / f"{safe}-{frequencies}.npz")
-
-    def finish(self, rows: list[dict[str, Any]]) -> None:
-        if self.folder is not None:
-            write_rows(self.folder / "rows.jsonl", rows)
+    return hashlib.sha256(json.dumps(run_settings(config, work), sort_keys=True).encode()).hexdigest()[:8]

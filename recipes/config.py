@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -14,6 +13,7 @@ import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from rope_scaling.errors import RopeScalingError, unknown_name
+from rope_scaling.strict import sentence, unknown_field, yaml_mapping
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -192,7 +192,7 @@ def training_fields(given: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in given.items():
         if name not in known:
-            raise _unknown(f"training.{name}", known)
+            raise unknown_field(f"training.{name}", "recipe", known)
         if name in ("output_dir", "resume_from_checkpoint", "parallelism_config"):
             raise RopeScalingError(
                 f"`training.{name}` is not for a recipe: there are `--output-dir`, `--resume` and `parallelism`."
@@ -206,23 +206,12 @@ def training_fields(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _sentence(error: Any) -> str:
-    path = ".".join(map(str, error["loc"]))
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner: Any = _SECTIONS.get(error["loc"][0], Recipe) if len(error["loc"]) > 1 else Recipe
-        return str(_unknown(path, [one.name for one in dataclasses.fields(owner)]))
-    if error["type"].startswith("missing"):
-        return f"The recipe lacks `{path}`."
-    return f"`{path}`: {error['msg'][0].lower()}{error['msg'][1:]}; got {error['input']!r}."
-
-
-def _unknown(path: str, known: Iterable[str]) -> RopeScalingError:
-    near = get_close_matches(path.rpartition(".")[2], sorted(known), n=1)
-    hint = f"Did you mean `{near[0]}`?" if near else "A recipe's fields stand in `rope_scaling.recipes.config`."
-    return RopeScalingError(f"Unknown recipe field `{path}`. {hint}")
-
-
 _SECTIONS = {"patch": PatchConfig, "data": DataConfig, "lora": LoraConfig, "evaluation": EvaluationConfig}
+
+
+def _sentence(error: Any) -> str:
+    owner: Any = _SECTIONS.get(error["loc"][0], Recipe) if len(error["loc"]) > 1 else Recipe
+    return sentence(error, "recipe", owner)
 
 
 def _set(data: dict[str, Any], path: str, value: Any) -> None:
@@ -234,21 +223,6 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise RopeScalingError(f"`{path}`: `{section}` is no section of a recipe.")
     data[name] = value
-
-
-def yaml_mapping(name: str, text: str) -> dict[str, Any]:
-    """YAML text as a mapping.
-
-    Raises:
-        RopeScalingError: it is none.
-    """
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RopeScalingError(f"{name!r} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise RopeScalingError(f"{name!r} must hold a mapping of fields; it holds {type(data).__name__}.")
-    return data
 
 
 def _text(name: str) -> str:

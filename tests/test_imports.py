@@ -29,11 +29,18 @@ ALLOWED = {
     "relative": {"errors", "geometry", "methods", "spans"},
     "attention": {"errors", "spans"},
     "training": {"errors"},
+    "strict": {"errors"},
     "texts": {"demo", "errors"},
     "hf": {"attention", "errors", "frequencies", "geometry", "methods", "spans", "temperatures", "training"},
     "demo": {"errors", "hf"},
-    "recipes": {"__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf", "texts", "training", "version"},
-    "eval": {"errors", "demo", "frequencies", "geometry", "hf", "methods", "temperatures", "version"},
+    "recipes": {
+        *("__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf", "strict", "texts", "training"),
+        "version",
+    },
+    "eval": {
+        *("errors", "demo", "frequencies", "geometry", "hf", "methods", "relative", "spans", "strict"),
+        *("temperatures", "version"),
+    },
     "cli": {"errors", "frequencies", "geometry", "hf", "methods", "relative", "texts"},
     "__init__": {
         *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),

@@ -15,10 +15,9 @@ from rope_scaling.errors import RopeScalingError, check_number
 def run(
     *,
     model: str,
+    suite: str | None,
+    tasks: list[str] | None,
     methods: list[str] | None,
-    factor: float | None,
-    target_length: int | None,
-    lengths: str,
     data: str,
     column: str,
     split: str,
@@ -27,40 +26,83 @@ def run(
     max_documents: int | None,
     dtype: str,
     device: str,
-    chunk_size: int,
-    model_name: str | None,
-    seed: int,
     output: Path | None,
-    **_: Any,
+    made: list[Any] | None = None,
+    **settings: Any,
 ) -> None:
-    """Evaluates and shows; see the command's help for the arguments.
+    """Evaluates and shows; see the command's help for the arguments. `made` are task objects in the place of names.
 
     Raises:
         RopeScalingError: anything that the user can mend.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RopeScalingError("Evaluation needs matplotlib and datasets: pip install 'rope-scaling[eval]'.")
+    need_extra()
     runner = importlib.import_module("rope_scaling.eval.run")
-    texts = importlib.import_module("rope_scaling.eval.documents")
     named = importlib.import_module("rope_scaling.eval.methods")
+    kinds = importlib.import_module("rope_scaling.eval.tasks")
+    from accelerate import PartialState
     from transformers.utils import logging
 
-    from rope_scaling.hf.describe import read_description
     from rope_scaling.hf.loading import load_model, load_tokenizer
     from rope_scaling.hf.patch import unpatch
     from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
     specs = [named.parse_method(text) for text in methods or ()]
+    chosen = made or _tasks(suite, tasks)
+    state = PartialState()
+    if device == "auto" and state.num_processes > 1:
+        device = str(state.device)
     loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     if saved := named.saved_method(loaded):
         # The baselines are those of the model that the patch was made for, with the weights it has now.
         unpatch(loaded)
         specs = [saved, *specs]
+    config = _config(loaded, model=model, data=data, **settings)
+    specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
+    source = kinds.Source(
+        lambda: read_texts(data, column=column, split=split, subset=subset),
+        tokenizer,
+        pieces=pieces,
+        max_documents=max_documents,
+        folder=output if state.is_main_process else None,
+    )
+    work = kinds.prepare(chosen, source, config, loaded)
+    # Runs of other settings go to other folders, so that only a given folder can hold another run's rows.
+    folder = output or Path("runs") / f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, work)}"
+    _with_progress(runner, loaded, work, specs, config, folder)
+    if state.is_main_process:
+        _show(folder, max(one.skipped for one in work))
+
+
+def _tasks(suite: str | None, tasks: list[str] | None) -> list[Any]:
+    """The tasks of a suite and those named beside it; perplexity if there are none."""
+    suites = importlib.import_module("rope_scaling.eval.suites")
+    chosen = [*(suites.read_suite(suite) if suite else []), *map(suites.parse_task, tasks or ())]
+    chosen = chosen or [suites.make_task("perplexity", {})]
+    suites.check_tasks(chosen)
+    return chosen
+
+
+def _config(
+    loaded: Any,
+    *,
+    model: str,
+    data: str,
+    lengths: str,
+    factor: float | None,
+    target_length: int | None,
+    chunk_size: int,
+    model_name: str | None,
+    seed: int,
+    **_: Any,
+) -> Any:
+    from rope_scaling.hf.describe import read_description
+
+    settings = importlib.import_module("rope_scaling.eval.config")
     trained = max(slot.reach for slot in read_description(loaded).slots)
-    tokens = texts.parse_lengths(lengths.split(","), trained)
-    runner.check_lengths(tokens)
-    config = runner.EvaluationConfig(
+    tokens = importlib.import_module("rope_scaling.eval.documents").parse_lengths(lengths.split(","), trained)
+    settings.check_lengths(tokens)
+    return settings.EvaluationConfig(
         model=model_name or model,
         data=data,
         lengths=tokens,
@@ -71,14 +113,6 @@ def run(
         chunk_size=chunk_size,
         seed=seed,
     )
-    specs = specs or named.default_methods(model, config.factor)
-    sources = read_texts(data, column=column, split=split, subset=subset)
-    documents = texts.make_documents(sources, tokenizer, tokens, pieces=pieces, max_documents=max_documents)
-    # Runs of other settings go to other folders, so that only a given folder can hold another run's rows.
-    name = f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, documents)}"
-    folder = output or Path("runs") / name
-    rows, curves = _with_progress(runner, loaded, documents, specs, config, folder)
-    _show(rows, curves, documents, folder)
 
 
 def _factor(factor: float | None, target_length: int | None, longest: int, trained: int) -> float:
@@ -91,13 +125,21 @@ def _factor(factor: float | None, target_length: int | None, longest: int, train
     return check_number("factor", factor, at_least=1.0) if factor is not None else max(longest / trained, 1.0)
 
 
-def _with_progress(
-    runner: Any, model: Any, documents: Any, specs: list, config: Any, folder: Path
-) -> tuple[list, list]:
+def need_extra() -> None:
+    """Raises `RopeScalingError` if what evaluation needs is not installed."""
+    missing = [
+        name for name in ("matplotlib", "datasets", "pydantic", "scipy") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise RopeScalingError(f"Evaluation needs {' and '.join(missing)}: pip install 'rope-scaling[eval]'.")
+
+
+def _with_progress(runner: Any, model: Any, work: list, specs: list, config: Any, folder: Path) -> None:
+    from accelerate import PartialState
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    total = sum(len(document.ids) for document in documents.items) * (len(specs) + 2)
+    total = sum(item.cost for one in work for item in one.items) * (len(specs) + 2)
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),
@@ -105,7 +147,8 @@ def _with_progress(
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    shown = PartialState().is_main_process
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bars:
         bar = bars.add_task("", total=total, rate="")
 
         def advance(label: str, tokens: int) -> None:
@@ -113,24 +156,23 @@ def _with_progress(
             bars.update(bar, advance=tokens, description=label, rate=f"{done / (time.monotonic() - started):,.0f}")
 
         try:
-            return runner.evaluate(model, documents, specs, config, folder, advance)
+            runner.evaluate(model, work, specs, config, folder, advance)
         except KeyboardInterrupt:
             bars.stop()
             print("Interrupted. The same command resumes where it stopped.", file=sys.stderr)
             raise
 
 
-def _show(rows: list, curves: list, documents: Any, folder: Path) -> None:
+def _show(folder: Path, skipped: int) -> None:
     from rich.console import Console
 
-    report = importlib.import_module("rope_scaling.eval.report")
-    (folder / "table.md").write_text(report.markdown_tables(rows), encoding="utf-8")
-    values = {curve.label: curve.values for curve in curves}
-    report.plot_curves(
-        values, rows[0]["trained_length"], f"Loss by position: {rows[0]['model']}", folder / "curves.png"
-    )
+    tables = importlib.import_module("rope_scaling.eval.report")
+    run = importlib.import_module("rope_scaling.eval.page").read_run(folder)
+    (folder / "table.md").write_text(tables.markdown_tables(run.rows), encoding="utf-8")
+    for name, image in run.plots():
+        (folder / f"{name}.png").write_bytes(image)
     console = Console()
-    report.print_tables(rows, console)
-    if documents.skipped:
-        console.print(f"{documents.skipped} documents were shorter than the shortest length and skipped.")
-    console.print(f"Rows, curves, table and plot: {folder}", soft_wrap=True)
+    tables.print_tables(run.rows, console)
+    if skipped:
+        console.print(f"{skipped} documents were shorter than the shortest length and skipped.")
+    console.print(f"Rows, scores, tables and plots: {folder}. One page: rope-scaling report {folder}", soft_wrap=True)

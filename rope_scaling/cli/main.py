@@ -1,4 +1,4 @@
-"""`rope-scaling evaluate | methods | describe | plot`. Everything heavy loads when a command runs."""
+"""The command `rope-scaling`. What is heavy loads when a command runs."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ def evaluate(
     column: Annotated[str, typer.Option(help="Column of the text, in a table or dataset.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "test",
     subset: Annotated[Optional[str], typer.Option(help="Configuration of a hub dataset.")] = None,
+    suite: Annotated[
+        Optional[str], typer.Option(help="quick, full, paper, or a YAML file of tasks and their settings.")
+    ] = None,
+    task: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A task, as in niah_multikey:trials=2; repeatable. [default: perplexity]"),
+    ] = None,
     pieces: Annotated[
         bool, typer.Option(help="Cut each text into documents of the longest length, in place of its start only.")
     ] = False,
@@ -69,9 +76,50 @@ def evaluate(
         typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL-SETTINGS]"),
     ] = None,
 ) -> None:
-    """Measure perplexity at every position: unpatched, cropped, and under each method."""
+    """Measure how far a model reads: unpatched, cropped, and under each method."""
     command = importlib.import_module("rope_scaling.cli.evaluate")
-    command.run(**{**locals(), "methods": method})
+    command.run(**{**locals(), "methods": method, "tasks": task})
+
+
+@app.command()
+def harness(
+    tasks: Annotated[str, typer.Option(help="lm-eval's names, as in 'ruler' or 'niah_single_1,ruler_vt'.")],
+    model: Annotated[str, typer.Option(help="'demo' (the embedded model), a folder, or a hub id.")] = "demo",
+    method: Annotated[Optional[list[str]], typer.Option(help="Repeat for several, as for `evaluate`.")] = None,
+    samples: Annotated[int, typer.Option(help="Documents of each task and length.", min=1)] = 50,
+    lengths: Annotated[str, typer.Option(help="As for `evaluate`; tasks without lengths get the last.")] = "1x,2x,4x",
+    factor: Annotated[Optional[float], typer.Option(help="Factor to patch with.")] = None,
+    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    timeout: Annotated[int, typer.Option(help="Seconds that making a task's documents may take.", min=1)] = 3600,
+    model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
+    seed: Annotated[int, typer.Option(help="Of documents and bootstrap.")] = 0,
+    output: Annotated[Optional[Path], typer.Option(help="Folder for rows and tables.")] = None,
+) -> None:
+    """Run RULER, LongBench, BABILong or any other task of lm-eval under each method."""
+    command = importlib.import_module("rope_scaling.cli.harness")
+    options = {**locals(), "names": tasks, "methods": method or [], "chunk_size": 2048}
+    command.run(**{key: value for key, value in options.items() if key not in ("tasks", "method", "command")})
+
+
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote; several are compared.")],
+    output: Annotated[
+        Optional[Path], typer.Option(help="Folder for page, tables and pictures. [default: the run's, or runs/report]")
+    ] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Allow several models or texts; each gets a section of its own.")
+    ] = False,
+    fail_if: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Exit with 1 if a method meets this: 'usable_length < 4x', 'yarn: tax > 0.02'; repeatable."),
+    ] = None,
+) -> None:
+    """Turn the rows of runs into one page, Markdown, CSV and pictures."""
+    command = importlib.import_module("rope_scaling.cli.report")
+    raise typer.Exit(command.run(run, output, mixed, fail_if or []))
 
 
 @app.command()

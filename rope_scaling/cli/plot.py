@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -37,37 +37,6 @@ def plot_map(
     path = output or Path(f"map-{spec.method}.png")
     if not path.parent.is_dir():
         raise RopeScalingError(f"There is no folder {str(path.parent)!r} to write the picture to.")
-    draw_map(spec.method, spec.arguments, length, trained_length, layer, path)
+    maps = importlib.import_module("rope_scaling.eval.maps")
+    maps.draw_map(spec.method, spec.arguments, length, trained_length, layer).savefig(path, dpi=120)
     print(path)
-
-
-def draw_map(
-    name: str, arguments: dict[str, Any], length: int, trained_length: int | None, layer: int, path: Path
-) -> None:
-    """Writes the picture of one method's map: relative angle over frequency, fastest and slowest pair."""
-    import torch
-    from matplotlib.figure import Figure
-
-    from rope_scaling.geometry import RopeGeometry, default_inv_freq
-    from rope_scaling.relative import relative_positions
-
-    trained = trained_length or max(length // 2, 1)
-    # A base at which the slowest pair turns a quarter within the trained length, as in usual models.
-    geometry = RopeGeometry(
-        rotary_dim=32, rope_theta=max(trained * 0.6366, 2.0) ** (16 / 15), original_max_position_embeddings=trained
-    )
-    angles = relative_positions(name, length, geometry=geometry, layer=layer, angles=True, **arguments)
-    distances = angles / default_inv_freq(geometry)  # [T, T, R / 2]
-    panels = [("every pair", distances[..., 0])]
-    if not torch.allclose(distances[..., 0], distances[..., -1], equal_nan=True):
-        panels = [("fastest pair", distances[..., 0]), ("slowest pair", distances[..., -1])]
-    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (title, values) in zip(axes[0], panels, strict=True):
-        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(float(distances.nan_to_num(0).max()), trained))
-        axis.axhline(trained - 0.5, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=title, xlabel="key position", ylabel="query position")
-    figure.colorbar(image, ax=axes[0].tolist(), label="distance that the pair sees, tokens", shrink=0.85)
-    given = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    figure.suptitle(f"{name}({given}), trained length {trained} (dotted)")
-    figure.savefig(path, dpi=120)

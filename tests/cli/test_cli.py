@@ -57,7 +57,8 @@ def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "settings.json",
         "rows.jsonl",
-        "curves",
+        "perplexity",
+        "costs.jsonl",
         "table.md",
         "curves.png",
     }
@@ -79,10 +80,11 @@ def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_
         assert done.returncode == 0, done.stderr
         rows[name] = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     plain, saved = rows.values()
-    assert [row["method"] for row in saved[::5]] == ["unpatched", "cropping", "saved resonance"]
+    assert list(dict.fromkeys(row["method"] for row in saved)) == ["unpatched", "cropping", "yarn", "saved resonance"]
     assert saved[-1]["in_effect"] == "resonance(wrapped=yarn(factor=2))"
     assert saved[-1]["target_length"] == 128
     for one, other in zip(plain[:5], saved[:5], strict=True):
+        assert one["measure"] == other["measure"]
         assert one["nll"] == pytest.approx(other["nll"], abs=1e-6)
         assert one["frequencies_sha256"] == other["frequencies_sha256"]
 
@@ -240,12 +242,12 @@ def test_an_interrupted_download_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_interrupting_says_how_to_go_on(folder, text, tmp_path, monkeypatch, capsys):
-    from rope_scaling.eval import run as run_module
+    from rope_scaling.eval.tasks import Perplexity
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "nll_curve", stop)
+    monkeypatch.setattr(Perplexity, "score", stop)
     with pytest.raises(SystemExit) as stopped:
         main(
             [

@@ -10,13 +10,16 @@ from conftest import TRAINED_LENGTH, make_model, token_ids
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.eval import run as run_module
-from rope_scaling.eval.documents import Document, Documents
+from rope_scaling.eval.documents import Document
 from rope_scaling.eval.intervals import estimate
 from rope_scaling.eval.methods import default_methods, parse_method
-from rope_scaling.eval.report import markdown_tables, plot_curves
+from rope_scaling.eval.plots import curves_figure, png
+from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import measure, position_buckets, read_rows
 from rope_scaling.eval.run import EvaluationConfig, evaluate
+from rope_scaling.eval.tasks import Work
+from rope_scaling.eval.tasks import perplexity as task_module
+from rope_scaling.eval.tasks.perplexity import Perplexity
 
 
 LENGTHS = [TRAINED_LENGTH * k for k in (1, 2, 4)]
@@ -24,7 +27,8 @@ METHODS = [parse_method("yarn"), parse_method("abf:rope_theta=1e6")]
 
 
 def make_documents(lengths=(256, 256, 200, 100)):
-    return Documents([Document(f"d{i}", token_ids(n, seed=i)[0]) for i, n in enumerate(lengths)], skipped=1)
+    documents = [Document(f"d{i}", token_ids(n, seed=i)[0]) for i, n in enumerate(lengths)]
+    return [Work(Perplexity(), documents, skipped=1)]
 
 
 def make_config(**changes):
@@ -39,7 +43,8 @@ def finished(tmp_path):
 
 
 def find(rows, method, start, end, measure="bucket"):
-    (row,) = [r for r in rows if (r["method"], r["measure"], r["from"], r["to"]) == (method, measure, start, end)]
+    key = (method, measure, start, end)
+    (row,) = [r for r in rows if (r["method"], r["measure"], r.get("from"), r.get("to")) == key]
     return row
 
 
@@ -57,7 +62,7 @@ def test_buckets_partition_the_positions():
 
 def test_rows_hold_the_means_of_the_curves(finished):
     rows, curves, _ = finished
-    by_label = {curve.label: curve.values for curve in curves}
+    by_label = {one.label: one.scores["perplexity"] for one in curves}
     assert list(by_label) == ["unpatched", "cropping", "yarn", "abf:rope_theta=1e6"]
     for label, values in by_label.items():
         # Position p, counted from 1, is entry p - 2; documents that end inside a bucket stay out of it.
@@ -74,7 +79,7 @@ def test_rows_hold_the_means_of_the_curves(finished):
 
 def test_differences_are_paired_on_the_same_tokens(finished):
     rows, curves, _ = finished
-    values = {curve.label: curve.values for curve in curves}
+    values = {one.label: one.scores["perplexity"] for one in curves}
     row = find(rows, "yarn", 64, 128)
     pairs = [(y[63:127], u[63:127]) for y, u in zip(values["yarn"], values["unpatched"], strict=True) if len(y) >= 127]
     assert row["difference"] == pytest.approx(np.concatenate([y - u for y, u in pairs]).mean(), abs=1e-6)
@@ -153,7 +158,7 @@ def test_an_interrupted_run_resumes_at_the_document_where_it_stopped(finished, t
     scored = []
 
     def stop_after(count, error=KeyboardInterrupt):
-        def score(model, ids, chunk_size, original=run_module.nll_curve):
+        def score(model, ids, chunk_size, original=task_module.nll_curve):
             if len(scored) >= count:
                 raise error
             scored.append(ids.shape)
@@ -162,10 +167,10 @@ def test_an_interrupted_run_resumes_at_the_document_where_it_stopped(finished, t
         return score
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module, "nll_curve", stop_after(6))
+        patch.setattr(task_module, "nll_curve", stop_after(6))
         evaluate(make_model("llama"), make_documents(), METHODS, make_config(), folder)
     assert not (folder / "rows.jsonl").exists()
-    monkeypatch.setattr(run_module, "nll_curve", stop_after(12, AssertionError))
+    monkeypatch.setattr(task_module, "nll_curve", stop_after(12, AssertionError))
     resumed, _ = evaluate(make_model("llama"), make_documents(), METHODS, make_config(), folder)
     assert len(scored) == 3 * 4, "no document was scored twice"
     assert resumed == rows
@@ -208,11 +213,11 @@ def test_losses_that_are_not_finite_are_reported_not_averaged(tmp_path):
 def test_frequencies_that_change_underway_are_noticed(monkeypatch):
     model = make_model("llama")
 
-    def meddle(model, ids, chunk_size, original=run_module.nll_curve):
+    def meddle(model, ids, chunk_size, original=task_module.nll_curve):
         model.model.rotary_emb.inv_freq.mul_(0.5)
         return original(model, ids, chunk_size)
 
-    monkeypatch.setattr(run_module, "nll_curve", meddle)
+    monkeypatch.setattr(task_module, "nll_curve", meddle)
     with pytest.raises(RopeScalingError, match="frequencies of 'unpatched' changed while it was measured"):
         evaluate(model, make_documents(), METHODS, make_config())
 
@@ -281,9 +286,8 @@ def test_every_method_is_swept_by_default():
 
 def test_a_plot_of_more_methods_than_there_are_colours(finished, tmp_path):
     _, curves, _ = finished
-    many = {f"method {index}": curves[0].values for index in range(70)}
-    plot_curves(many, 64, "title", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    many = {f"method {index}": curves[0].scores["perplexity"] for index in range(70)}
+    assert len(png(curves_figure(many, 64, "title"))) > 10_000
 
 
 def test_tables_and_plot(finished, tmp_path):
@@ -292,5 +296,5 @@ def test_tables_and_plot(finished, tmp_path):
     assert "| method | (0,0.5x] | (0.5x,1x] | (1x,2x] | (2x,4x] | (0,4x] |" in text
     assert text.index("| unpatched |") < text.index("| cropping |") < text.index("| yarn |")
     assert "tiny, trained length 64, factor 4, 4 documents of random" in text
-    plot_curves({curve.label: curve.values for curve in curves}, TRAINED_LENGTH, "title", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    values = {one.label: one.scores["perplexity"] for one in curves}
+    assert png(curves_figure(values, TRAINED_LENGTH, "title")).startswith(b"\x89PNG")

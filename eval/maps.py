@@ -1,0 +1,75 @@
+"""The distance at which every query sees every key, as a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rope_scaling.methods import METHODS
+from rope_scaling.spans import SpanMethod
+
+
+_TRAINED = 64
+"""Trained length of maps in miniature."""
+
+
+def map_figure(name: str, arguments: dict[str, Any], trained_length: int, length: int) -> Any | None:
+    """A method's map at a trained length of 64 tokens, or `None` for methods that move no distances.
+
+    Numbers of tokens among the arguments shrink with the trained length.
+
+    Args:
+        name (`str`): Label of the method, as rows have it.
+        arguments (`dict`): Its arguments.
+        trained_length (`int`): The model's, in tokens.
+        length (`int`): Tokens that were evaluated.
+    """
+    method = name.partition(":")[0]
+    if method not in METHODS or not issubclass(METHODS[method], SpanMethod):
+        return None
+    shrunk = {
+        key: max(value * _TRAINED // trained_length, 1)
+        if type(value) is int and value >= trained_length / 16
+        else value
+        for key, value in arguments.items()
+        if key not in ("target_length", "original_max_position_embeddings", "layer_types")
+    }
+    side = min(length * _TRAINED // trained_length, 8 * _TRAINED)
+    return draw_map(method, shrunk, max(side, 2 * _TRAINED), _TRAINED, 0)
+
+
+def draw_map(name: str, arguments: dict[str, Any], length: int, trained_length: int | None, layer: int) -> Any:
+    """The figure of one method's map: relative angle over frequency, fastest and slowest pair.
+
+    Args:
+        name (`str`): A span method.
+        arguments (`dict`): Its fields.
+        length (`int`): Tokens.
+        trained_length (`int`, *optional*): By default half of `length`.
+        layer (`int`): For methods that treat layers differently.
+    """
+    import torch
+    from matplotlib.figure import Figure
+
+    from rope_scaling.geometry import RopeGeometry, default_inv_freq
+    from rope_scaling.relative import relative_positions
+
+    trained = trained_length or max(length // 2, 1)
+    # A base at which the slowest pair turns a quarter within the trained length, as in usual models.
+    geometry = RopeGeometry(
+        rotary_dim=32, rope_theta=max(trained * 0.6366, 2.0) ** (16 / 15), original_max_position_embeddings=trained
+    )
+    angles = relative_positions(name, length, geometry=geometry, layer=layer, angles=True, **arguments)
+    distances = angles / default_inv_freq(geometry)  # [T, T, R / 2]
+    panels = [("every pair", distances[..., 0])]
+    if not torch.allclose(distances[..., 0], distances[..., -1], equal_nan=True):
+        panels = [("fastest pair", distances[..., 0]), ("slowest pair", distances[..., -1])]
+    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (title, values) in zip(axes[0], panels, strict=True):
+        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(float(distances.nan_to_num(0).max()), trained))
+        axis.axhline(trained - 0.5, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="key position", ylabel="query position")
+    figure.colorbar(image, ax=axes[0].tolist(), label="distance that the pair sees, tokens", shrink=0.85)
+    given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    figure.suptitle(f"{name}({given}), trained length {trained} (dotted)")
+    return figure

@@ -1,0 +1,32 @@
+"""Tasks by name. Each is a small module; a task of your own is a class with the same four methods."""
+
+from __future__ import annotations
+
+from rope_scaling.eval.tasks.base import Row, Scores, Source, Task, Work, prepare
+from rope_scaling.eval.tasks.context_gain import ContextGain
+from rope_scaling.eval.tasks.copying import Copy, KvRetrieval
+from rope_scaling.eval.tasks.key_tokens import KeyTokens
+from rope_scaling.eval.tasks.niah import NiahMultikey, NiahMultiquery, NiahMultivalue, NiahSingle, Passkey
+from rope_scaling.eval.tasks.perplexity import Perplexity
+from rope_scaling.eval.tasks.protocols import LongLoraStream, PoseStride, YarnStride, YarnTruncate
+from rope_scaling.eval.tasks.retrieval import RetrievalTask
+
+
+TASKS: dict[str, type[Task]] = {
+    "perplexity": Perplexity,
+    "context_gain": ContextGain,
+    "key_tokens": KeyTokens,
+    "copy": Copy,
+    "kv_retrieval": KvRetrieval,
+    "passkey": Passkey,
+    "niah_single": NiahSingle,
+    "niah_multikey": NiahMultikey,
+    "niah_multivalue": NiahMultivalue,
+    "niah_multiquery": NiahMultiquery,
+    "yarn_truncate": YarnTruncate,
+    "yarn_stride": YarnStride,
+    "pose_stride": PoseStride,
+    "longlora_stream": LongLoraStream,
+}
+
+__all__ = ["Row", "RetrievalTask", "Scores", "Source", "TASKS", "Task", "Work", "prepare"]

@@ -1,0 +1,119 @@
+"""Loss on the tokens that a long context makes predictable, after LongPPL (https://huggingface.co/papers/2410.23771).
+
+Most tokens are predicted from the last few hundred, so a mean over all of them hardly moves when far context is lost.
+An evaluator model finds those that do depend on it: key tokens are those that it predicts well with the whole text
+before them, and much better than with the last tokens only.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.eval.config import EvaluationConfig
+from rope_scaling.eval.documents import Document
+from rope_scaling.eval.methods import parse_method, self_extend_to
+from rope_scaling.eval.perplexity import nll_curve, windowed_nll_curve
+from rope_scaling.eval.rows import hash_of, measure, write_atomically
+from rope_scaling.eval.tasks.base import Row, Scores, Source
+from rope_scaling.eval.tasks.perplexity import CurveTask
+from rope_scaling.hf.loading import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class MaskedDocument(Document):
+    """A document, and which of its tokens are key tokens."""
+
+    mask: np.ndarray
+    """`[T - 1]`, aligned with the document's curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTokens(CurveTask):
+    """Loss on key tokens, by position."""
+
+    name: ClassVar[str] = "key_tokens"
+    about: ClassVar[str] = "loss on the tokens that a long context makes predictable"
+
+    evaluator: str | None = None
+    """Model that decides which tokens are key; it needs the same tokenizer. By default the evaluated model."""
+    evaluator_method: str | None = None
+    """What the evaluator is patched with so that it reads the whole text: Self-Extend by default, `unpatched` for
+    nothing. A method that is tested here too has a part in choosing the tokens it is tested on."""
+    short_context: int | None = None
+    """Tokens of the short context; half the trained length by default, and at most 4,096."""
+    gain: float = 2.0
+    """Nats that the long context must save."""
+    loss: float = 2.0
+    """Nats that the token may cost with the long context."""
+
+    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Document], int]:
+        """The documents of the perplexity task, with masks, which the output folder keeps."""
+        documents, skipped = super().items(source, config, model)
+        short = self.short_context or min(config.trained_length // 2, 4096)
+        if not 8 <= short < config.lengths[-1]:
+            raise RopeScalingError(
+                f"`short_context` must be 8 or more tokens, and less than the longest length {config.lengths[-1]}; "
+                f"got {short}."
+            )
+        masks = self._masks(list(documents), source, config, model, short)
+        return [MaskedDocument(one.name, one.ids, mask) for one, mask in zip(documents, masks, strict=True)], skipped
+
+    def rows(self, items: Sequence[MaskedDocument], scores: Scores, config: EvaluationConfig) -> list[Row]:  # type: ignore[override]
+        """A row a bucket and a row a prefix, over key tokens alone."""
+        masks = [item.mask for item in items]
+        return measure(
+            scores.own,
+            scores.unpatched,
+            config.lengths,
+            config.trained_length,
+            config.seed,
+            cropping=scores.cropping,
+            masks=masks,
+        )
+
+    def _masks(
+        self, documents: list[Document], source: Source, config: EvaluationConfig, model: Any, short: int
+    ) -> list[np.ndarray]:
+        settings = repr((self, config.model, config.factor, config.dtype, short)) + "".join(
+            d.sha256 for d in documents
+        )
+        path = source.folder and source.folder / "key_tokens" / f"masks-{hash_of(settings.encode())}.npz"
+        if path and path.exists():
+            with np.load(path) as stored:
+                return [stored[one.sha256] for one in documents]
+        evaluator = model
+        if self.evaluator is not None:
+            if load_tokenizer(self.evaluator).get_vocab() != source.tokenizer.get_vocab():
+                raise RopeScalingError(
+                    f"The evaluator {self.evaluator!r} has another tokenizer than {config.model!r}, so its tokens are "
+                    "others. Give an evaluator of the same family."
+                )
+            evaluator = load_model(self.evaluator, config.dtype, config.device)
+        masks = [self._mask(evaluator, one, config, short) for one in documents]
+        if not any(mask.any() for mask in masks):
+            raise RopeScalingError(
+                "No token of these documents is a key token: the evaluator predicts none of them much better from the "
+                "whole text. Give longer documents, a better `evaluator`, or a smaller `gain`."
+            )
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            stored = {one.sha256: mask for one, mask in zip(documents, masks, strict=True)}
+            np.savez_compressed(buffer, **stored)  # type: ignore[arg-type]
+            write_atomically(path, buffer.getvalue())
+        return masks
+
+    def _mask(self, evaluator: Any, document: Document, config: EvaluationConfig, short: int) -> np.ndarray:
+        spec = parse_method(self.evaluator_method) if self.evaluator_method else self_extend_to(config.factor)
+        with spec.patched(evaluator, config.factor):
+            long = nll_curve(evaluator, document.ids[None], config.chunk_size)[0]
+        plain = torch.full_like(long, -torch.inf)  # nothing is key before the short context is full
+        near = windowed_nll_curve(evaluator, document.ids, plain, short, short // 4, config.chunk_size)
+        return ((near - long > self.gain) & (long < self.loss)).numpy()

@@ -1,0 +1,199 @@
+"""What tasks that ask for something in the text have in common: trials, scores, rows."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.eval.answers import Prompt, Question, Trial, answer_scores
+from rope_scaling.eval.config import EvaluationConfig
+from rope_scaling.eval.intervals import estimate, mcnemar, wilson
+from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalTask(Task):
+    """Prompts of exact lengths in tokens, with answers that only the text tells. Intervals are over trials."""
+
+    trials: int = 5
+    """Prompts of each length, with other text and other answers."""
+
+    @abstractmethod
+    def prompts(self, writer: Writer, length: int) -> list[Prompt]:
+        """The prompts of one trial, of at most `length` tokens each with the longest question and answer."""
+
+    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Trial], int]:
+        """Every trial of every length; a trial depends on seed, length and its number alone."""
+        if self.trials < 1:
+            raise RopeScalingError(f"`trials` of {self.name!r} must be positive; got {self.trials}.")
+        filler = self.filler(source, config)
+        items = []
+        for length in config.lengths:
+            for number in range(self.trials):
+                rng = random.Random(f"{config.seed} {self.name} {length} {number}")
+                prompts = self.prompts(Writer(source, filler, rng, self.name), length)
+                items.append(Trial(f"{self.name}, {length} tokens, trial {number}", length, prompts))
+        return items, 0
+
+    def filler(self, source: Source, config: EvaluationConfig) -> Filler:
+        """The text that hides the answers."""
+        return read_filler(source, config.lengths[-1])
+
+    def score(self, model: Any, item: Trial, config: EvaluationConfig) -> np.ndarray:
+        """What `answer_scores` gives."""
+        return answer_scores(model, item.prompts, config.chunk_size)
+
+    def score_cropped(self, model: Any, item: Trial, plain: np.ndarray, config: EvaluationConfig) -> np.ndarray:
+        """The last tokens of each prompt that fit in the trained length, behind the prompt's first."""
+        if item.length <= config.trained_length:
+            return plain
+        cropped = []
+        for prompt in item.prompts:
+            longest = max(len(question.ids) + len(question.answer) for question in prompt.questions)
+            room = config.trained_length - longest - 1
+            if room < 0:
+                raise RopeScalingError(
+                    f"A question of {self.name!r} and its answer have {longest} tokens; the model's trained length is "
+                    f"{config.trained_length}, so cropping leaves nothing to read. Ask for less."
+                )
+            cropped.append(Prompt(prompt.context[:1] + prompt.context[len(prompt.context) - room :], prompt.questions))
+        return answer_scores(model, cropped, config.chunk_size)
+
+    def rows(self, items: Sequence[Trial], scores: Scores, config: EvaluationConfig) -> list[Row]:
+        """A row a length, and a row a depth of each where answers lie at depths."""
+        rows = []
+        for length in config.lengths:
+            chosen = [index for index, item in enumerate(items) if item.length == length]
+            depths = [np.array([q.depth for q in items[index].questions], dtype=float) for index in chosen]
+            rows.append(self._row("length", length, None, chosen, [np.ones(len(d), bool) for d in depths], scores))
+            for depth in sorted({value for part in depths for value in part if value == value}):
+                rows.append(self._row("cell", length, depth, chosen, [part == depth for part in depths], scores))
+        return rows
+
+    def _row(
+        self,
+        measure: str,
+        length: int,
+        depth: float | None,
+        chosen: list[int],
+        inside: list[np.ndarray],
+        scores: Scores,
+    ) -> Row:
+        own, plain, cropped = (
+            [values[index][mask] for index, mask in zip(chosen, inside, strict=True)]
+            for values in (scores.own, scores.unpatched, scores.cropping)
+        )
+        right, right_plain, right_cropped = (
+            np.concatenate([part[:, 0] for part in parts]) > 0 for parts in (own, plain, cropped)
+        )
+        counts = np.array([part[:, 2].sum() for part in own])
+
+        def nats(parts: list[np.ndarray]) -> np.ndarray:
+            return np.array([-part[:, 1].sum() for part in parts])
+
+        row: Row = {"measure": measure, "to": length, "depth": depth, "trials": len(chosen)}
+        row |= {"correct": int(right.sum()), "asked": len(right)}
+        row |= wilson(row["correct"], row["asked"]).fields("accuracy")
+        row |= estimate(nats(own), counts, 0).fields("nll")
+        row |= estimate(nats(own) - nats(plain), counts, 0).fields("difference")
+        row |= estimate(nats(own) - nats(cropped), counts, 0).fields("to_cropping")
+        row |= {"mcnemar": mcnemar(right, right_plain), "mcnemar_to_cropping": mcnemar(right, right_cropped)}
+        return row
+
+
+@dataclass(frozen=True)
+class Filler:
+    """A long text as tokens, and which of them end a line or a sentence."""
+
+    ids: list[int]
+    enders: list[int]
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """Where the text may be cut: indices before which a line or sentence has ended, ascending, and both ends."""
+        return np.union1d(np.flatnonzero(np.isin(self.ids, self.enders)) + 1, [0, len(self.ids)])
+
+
+def read_filler(source: Source, length: int) -> Filler:
+    """Texts one after the other until there are `length` tokens and as many again to begin at other places.
+
+    Raises:
+        RopeScalingError: all texts together are shorter than `length`.
+    """
+    ids: list[int] = []
+    for _, text in source.texts():
+        ids += source.encode(text.strip() + "\n\n")
+        if len(ids) >= 4 * length:
+            break
+    if len(ids) < length:
+        raise RopeScalingError(
+            f"The texts have {len(ids)} tokens together; hiding something among {length} takes more. Give longer "
+            "texts or shorter `--lengths`."
+        )
+    return make_filler(ids, source.tokenizer)
+
+
+def make_filler(ids: list[int], tokenizer: Any) -> Filler:
+    """Tokens of a text, with those that end a line or a sentence."""
+    ends = (".", "!", "?", "\n")
+    return Filler(ids, [token for token in set(ids) if tokenizer.decode([token]).rstrip(" ").endswith(ends)])
+
+
+class Writer:
+    """Writes prompts for one trial, from its own random numbers."""
+
+    def __init__(self, source: Source, filler: Filler, rng: random.Random, task: str):
+        self.source, self.filler, self.rng, self.task = source, filler, rng, task
+        self.cuts = filler.cuts
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self.source.encode(text)
+
+    def question(self, text: str, answer: str, depth: float | None = None) -> Question:
+        """A question and its answer, tokenised together as they will stand in the text.
+
+        Raises:
+            RopeScalingError: the tokenizer merges the end of the question with the beginning of the answer.
+        """
+        ids, both = self.encode(text), self.encode(text + answer)
+        if both[: len(ids)] != ids or len(both) == len(ids) or not ids:
+            raise RopeScalingError(
+                f"{self.task!r}: this tokenizer merges the end of the question {text!r} with the beginning of the "
+                f"answer {answer!r}, so no token is the answer's first. Let the question end elsewhere."
+            )
+        return Question(ids, both[len(ids) :], depth)
+
+    def text(self, length: int) -> Filler:
+        """That many tokens of the text, from a random place where a sentence begins.
+
+        Raises:
+            RopeScalingError: what has to stand in the prompt beside it leaves no room.
+        """
+        if length < 0:
+            raise RopeScalingError(
+                f"{self.task!r}: what is hidden and what is asked have {-length} tokens more than the prompt. Hide "
+                "less, or give longer `--lengths`."
+            )
+        starts = self.cuts[self.cuts <= len(self.filler.ids) - length]
+        start = int(starts[self.rng.randrange(len(starts))])
+        return Filler(self.filler.ids[start : start + length], self.filler.enders)
+
+    def keys(self, count: int, make: Callable[[random.Random], str]) -> list[str]:
+        """Different made-up names."""
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found[make(self.rng)] = None
+        return list(found)
+
+    def numbers(self, count: int, digits: int) -> list[str]:
+        """Different numbers without a leading zero."""
+        if not 1 <= digits <= 30 or count > 9 * 10 ** (digits - 1):
+            raise RopeScalingError(f"{self.task!r}: there are no {count} different numbers of {digits} digits.")
+        return self.keys(count, lambda rng: str(rng.randrange(10 ** (digits - 1), 10**digits)))
