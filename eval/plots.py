@@ -87,6 +87,8 @@ def lengths_figure(rows: list[dict[str, Any]], field: str, trained_length: int, 
     axes.set_xticks(lengths, [f"{length}\n{length / trained_length:g}x" for length in lengths])
     axes.minorticks_off()
     axes.set(xlabel="length, tokens", ylabel=label, title=title)
+    if field == "accuracy":
+        axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
     _legend(axes, last)
     return figure

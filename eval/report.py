@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,12 +208,33 @@ def print_tables(rows: list[Row], console: Any) -> None:
     from rich.table import Table as Printed
 
     for table in tables(rows):
-        header, *lines = table.lines
-        printed = Printed(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
-        for index, name in enumerate(header):
-            printed.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-        for cells in lines:
-            printed.add_row(*cells, style="bold" if cells[0] in (UNPATCHED, CROPPING) else None)
-        console.print(printed)
-        console.print()
+        title: str | None = table.title
+        for lines in _parts(table.lines, console.width):
+            printed = Printed(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+            for index, column in enumerate(zip(*lines, strict=True)):
+                name = "\n".join(textwrap.wrap(column[0], _width(column)))
+                printed.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+            for cells in lines[1:]:
+                printed.add_row(*cells, style="bold" if cells[0] in (UNPATCHED, CROPPING) else None)
+            console.print(printed)
+            console.print()
+            title = None
     console.print(f"{conditions(rows)}.")
+
+
+def _parts(lines: list[list[str]], width: int) -> list[list[list[str]]]:
+    """A table as several that fit the width, each with the first column; headers may wrap, cells not."""
+    widths = [_width(cells) for cells in zip(*lines, strict=True)]
+    parts, used = [[0]], widths[0]
+    for column in range(1, len(widths)):
+        if used + widths[column] + 1 > width and len(parts[-1]) > 1:
+            parts.append([0])
+            used = widths[0]
+        parts[-1].append(column)
+        used += widths[column] + 1
+    return [[[cells[column] for column in part] for cells in lines] for part in parts]
+
+
+def _width(cells: Sequence[str]) -> int:
+    """What a column takes if its header wraps."""
+    return max(map(len, [*cells[0].split(), *cells[1:]]), default=1)

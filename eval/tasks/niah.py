@@ -135,11 +135,12 @@ class Passkey(NiahSingle):
 
     def filler(self, source: Source, config: EvaluationConfig) -> Filler:
         """The sentences, as often as the longest length takes."""
-        once = source.encode(self.sentences)
-        if not once:
+        # Where one repetition meets the next, tokenizers may merge.
+        once = len(source.encode(self.sentences * 2)) - len(source.encode(self.sentences))
+        if once < 1:
             raise RopeScalingError("`sentences` of 'passkey' must not be empty.")
-        times = config.lengths[-1] // len(once) + 2
-        return make_filler(source.encode(self.sentences * times)[: config.lengths[-1] + len(once)], source.tokenizer)
+        times = config.lengths[-1] // once + 2
+        return make_filler(source.encode(self.sentences * times)[: config.lengths[-1] + once], source.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
