@@ -33,6 +33,11 @@ Progress = Callable[[str, int], None]
 """Called with the method's label and the number of tokens just scored."""
 
 
+def process_state() -> PartialState:
+    """This process among those that share the work. Without an accelerator, accelerate has to be told."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 @dataclass
 class Measured:
     """What was measured of one method."""
@@ -90,7 +95,7 @@ def evaluate(
         # Anything wrong with a method shows before the first is measured.
         with spec.patched(model, config.factor):
             pass
-    store = Store(output if PartialState().is_main_process else None, config, work)
+    store = Store(output if process_state().is_main_process else None, config, work)
     plain = _measure(model, work, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
     cropped = _measure(model, work, MethodSpec(CROPPING, UNPATCHED, {}), config, store, progress, plain)
     measured = [plain, cropped]
@@ -156,7 +161,7 @@ def _measure(
             seconds = time.monotonic() - started
             cost = {"method": spec.label, "task": one.task.name, "tokens": tokens, "seconds": round(seconds, 3)}
             peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
-            measured.costs.append({**cost, **peak, "processes": PartialState().num_processes})
+            measured.costs.append({**cost, **peak, "processes": process_state().num_processes})
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
         raise RopeScalingError(
             f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing."
@@ -168,7 +173,7 @@ def _score_all(
     one: Work, saved: SavedScores, score: Callable[[int], np.ndarray], label: str, progress: Progress
 ) -> tuple[int, list[np.ndarray]]:
     """Scores of all items, those not yet saved shared among processes; and the tokens that this took."""
-    state = PartialState()
+    state = process_state()
     # Only the first process has read what is saved.
     (scores,) = broadcast_object_list([saved.scores])
     hashes = [item.sha256 for item in one.items]

@@ -95,7 +95,7 @@ class Store:
         write_atomically(path, (done + added).encode())
 
 
-_KEPT = {"key_tokens"}
+_KEPT = {"key_tokens", "ruler"}
 """What preparing a run may have left before its settings are written."""
 
 

@@ -17,7 +17,15 @@ def unknown_name(kind: str, given: str, available: Iterable[str]) -> RopeScaling
     names = sorted(available)
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return RopeScalingError(f"Unknown {kind} {given!r}.{hint} Available: {', '.join(names)}.")
+    if len(names) > _MOST_NAMES:
+        listed = f"Nearest of {len(names)}: {', '.join(get_close_matches(given, names, n=10, cutoff=0.4))}"
+    else:
+        listed = f"Available: {', '.join(names)}"
+    return RopeScalingError(f"Unknown {kind} {given!r}.{hint} {listed}.")
+
+
+_MOST_NAMES = 100
+"""A longer list would hide the message."""
 
 
 def check_number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> float:

@@ -233,7 +233,8 @@ def _ruler_task(name: str, documents: list[dict[str, Any]]) -> Any:
         given["doc_to_text"] = "{{input_example}}\n{{input}}"
     if name in _ONE_IS_ENOUGH:
         given["process_results"] = _any_answer
-    return _manager().load([given])["tasks"][name]
+    # Alone, a mapping would be a task of its own; as a member of a group, it changes lm-eval's task of that name.
+    return _manager().load([{"group": "given", "task": [given]}])["tasks"][name]
 
 
 def _any_answer(document: dict[str, Any], results: list[str]) -> dict[str, float]:

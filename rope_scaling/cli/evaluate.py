@@ -39,7 +39,6 @@ def run(
     runner = importlib.import_module("rope_scaling.eval.run")
     named = importlib.import_module("rope_scaling.eval.methods")
     kinds = importlib.import_module("rope_scaling.eval.tasks")
-    from accelerate import PartialState
     from transformers.utils import logging
 
     from rope_scaling.hf.loading import load_model, load_tokenizer
@@ -49,7 +48,7 @@ def run(
     logging.disable_progress_bar()
     specs = [named.parse_method(text) for text in methods or ()]
     chosen = made or _tasks(suite, tasks)
-    state = PartialState()
+    state = runner.process_state()
     if device == "auto" and state.num_processes > 1:
         device = str(state.device)
     loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
@@ -135,7 +134,6 @@ def need_extra() -> None:
 
 
 def _with_progress(runner: Any, model: Any, work: list, specs: list, config: Any, folder: Path) -> None:
-    from accelerate import PartialState
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -147,7 +145,7 @@ def _with_progress(runner: Any, model: Any, work: list, specs: list, config: Any
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    shown = PartialState().is_main_process
+    shown = runner.process_state().is_main_process
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bars:
         bar = bars.add_task("", total=total, rate="")
 
