@@ -1,10 +1,13 @@
-"""What an evaluation costs: the pass at 8x against a bare chunked forward over the same tokens, and its peak memory.
+"""What an evaluation costs, in time and memory.
 
     python benchmarks/evaluation.py
-    python benchmarks/evaluation.py --real     # passes over 16,384 tokens of the model in ROPE_SCALING_REAL_MODEL
+    python benchmarks/evaluation.py --real     # the model in ROPE_SCALING_REAL_MODEL, in place of the embedded one
 
-Time: both alternate in one run on one machine; the ratio is of medians. Memory: peak resident size of one process for
-each length, of the evaluation and of one call with all logits, on a model with a vocabulary of 49,152.
+Time: the pass at 8x against a bare chunked forward over the same tokens, and against YaRN's protocol for the same
+text, 64 prefixes of it, each read from its start; a grid of needles, 4 lengths by 10 depths, against bare prefills of
+its lengths, and against one for every cell. Both sides take turns in one run on one machine; a ratio is of medians.
+Memory: peak resident size of one process for each length, of the evaluation and of one call with all logits, on a model
+with a vocabulary of 49,152.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -23,8 +27,13 @@ from statistics import median
 import torch
 
 import rope_scaling
+from rope_scaling.eval.answers import answer_scores
+from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.perplexity import nll_curve
-from rope_scaling.hf.loading import load_model
+from rope_scaling.eval.tasks.base import Source
+from rope_scaling.eval.tasks.niah import NiahMultikey
+from rope_scaling.hf.loading import load_model, load_tokenizer
+from rope_scaling.texts import read_texts
 
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.jsonl"
@@ -37,7 +46,14 @@ def main() -> None:
         print(peak(sys.argv[2], int(sys.argv[3])))
         return
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    measured = spans_on_a_real_model() if "--real" in sys.argv else [time_ratio(), *memory()]
+    if "--real" in sys.argv:
+        measured = [
+            *niah_grid(os.environ["ROPE_SCALING_REAL_MODEL"], "SmolLM2-135M", 2048, pairs=2),
+            *spans_on_a_real_model(),
+        ]
+    else:
+        # Memory first: a process inherits the peak of the one that starts it.
+        measured = [*memory(), time_ratio(), yarn_protocol(), *niah_grid("demo", "embedded", 512)]
     rows = [{**row, "versions": versions} for row in measured]
     for row in rows:
         print(
@@ -83,39 +99,100 @@ def spans_on_a_real_model(pairs: int = 3) -> list[dict]:
     return rows
 
 
-def time_ratio(pairs: int = 20) -> dict:
-    model = load_model("demo")
-    ids = torch.randint(
-        2, 1000, (1, 8 * model.config.max_position_embeddings), generator=torch.Generator().manual_seed(0)
-    )
-    bare, evaluation = [], []
-    for i in range(pairs + 2):
-        for run, times in ((bare_forward, bare), (nll_curve, evaluation))[:: 1 if i % 2 else -1]:
+def in_turns(one: Callable[[], object], other: Callable[[], object], pairs: int) -> tuple[float, float]:
+    """Medians in milliseconds, after one unmeasured run of each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(pairs + 1):
+        for run, taken in ((one, times[0]), (other, times[1]))[:: 1 if i % 2 else -1]:
             started = time.perf_counter()
-            run(model, ids, CHUNK)
-            if i >= 2:
-                times.append(time.perf_counter() - started)
+            run()
+            taken.append(1000 * (time.perf_counter() - started))
+    return median(times[0][1:]), median(times[1][1:])
+
+
+def eight_times() -> tuple[torch.nn.Module, torch.Tensor]:
+    model = load_model("demo")
+    shape = (1, 8 * model.config.max_position_embeddings)
+    return model, torch.randint(2, 1000, shape, generator=torch.Generator().manual_seed(0))
+
+
+def time_ratio(pairs: int = 20) -> dict:
+    model, ids = eight_times()
+    evaluation, bare = in_turns(lambda: nll_curve(model, ids, CHUNK), lambda: bare_forward(model, ids, CHUNK), pairs)
     return {
         "what": "pass at 8x",
         "tokens": ids.shape[1],
         "chunk_size": CHUNK,
-        "bare_ms": 1000 * median(bare),
-        "evaluation_ms": 1000 * median(evaluation),
-        "ratio": median(evaluation) / median(bare),
+        "bare_ms": bare,
+        "evaluation_ms": evaluation,
+        "ratio": evaluation / bare,
         "pairs": pairs,
         "threads": torch.get_num_threads(),
     }
 
 
+def yarn_protocol(pairs: int = 3, points: int = 64) -> dict:
+    """The loss at 64 lengths up to 8x, each prefix read by itself and all of them from one pass."""
+    model, ids = eight_times()
+    ends = [ids.shape[1] * k // points for k in range(1, points + 1)]
+
+    def prefixes() -> None:
+        for end in ends:
+            nll_curve(model, ids[:, :end], CHUNK)
+
+    protocol, once = in_turns(prefixes, lambda: nll_curve(model, ids, CHUNK), pairs)
+    return {
+        "what": "YaRN's protocol",
+        "tokens": ids.shape[1],
+        "points": points,
+        "protocol_ms": protocol,
+        "pass_ms": once,
+        "ratio": protocol / once,
+        "pairs": pairs,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def niah_grid(name: str, label: str, chunk: int, pairs: int = 5) -> list[dict]:
+    """A needle at each of 10 depths of 4 lengths, in one reading of each length, and bare prefills of them."""
+    model = load_model(name, dtype="bfloat16")
+    trained = model.config.max_position_embeddings
+    lengths = [512, 1024, 1536, 2048] if name == "demo" else [trained // 4, trained // 2, trained, 2 * trained]
+    config = EvaluationConfig(
+        model=name, data="", lengths=lengths, trained_length=trained, factor=2, dtype="bfloat16", device="cpu"
+    )
+    source = Source(lambda: read_texts("python-reference"), load_tokenizer(name))
+    trials, _ = NiahMultikey(trials=1).items(source, config, model)
+    texts = [torch.tensor([trial.prompts[0].context]) for trial in trials]
+
+    def grid() -> None:
+        for trial in trials:
+            answer_scores(model, trial.prompts, chunk)
+
+    def prefills(times: int = 1) -> None:
+        for text in texts * times:
+            bare_forward(model, text, chunk, keep=1)
+
+    ours, bare = in_turns(grid, prefills, pairs)
+    shown = {"lengths": lengths, "depths": 10, "pairs": pairs, "threads": torch.get_num_threads(), "grid_ms": ours}
+    rows = [{"what": f"niah grid, {label}", **shown, "prefills_ms": bare, "ratio": ours / bare}]
+    if name == "demo":
+        ours, each = in_turns(grid, lambda: prefills(10), pairs)
+        row = {"what": f"niah grid, {label}, a prefill for every cell", **shown, "grid_ms": ours}
+        rows.append({**row, "prefills_ms": each, "ratio": each / ours})
+    return rows
+
+
 @torch.inference_mode()
-def bare_forward(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int) -> None:
+def bare_forward(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int, keep: int = 0) -> None:
+    """Chunks under a cache, with logits of each chunk's last `keep` tokens, 0 meaning all."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     for start in range(0, ids.shape[1], chunk_size):
         piece = ids[:, start : start + chunk_size]
         positions = torch.arange(start, start + piece.shape[1])[None]
-        model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True)
+        model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep)
 
 
 def memory() -> list[dict]:

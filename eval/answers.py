@@ -125,14 +125,23 @@ class _Reader:
         # Padding on the right changes nothing: no token sees what comes after it.
         rows = [(question.ids + question.answer) for question in questions]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        alone = len(questions) == 1 and self._croppable()
-        cache = self.cache if alone else copy.deepcopy(self.cache)
-        if len(questions) > 1 and self.held:
-            cache.batch_repeat_interleave(len(questions))
-        logits = self._forward(ids, len(self.held), cache)
-        if alone:
-            self.cache.crop(-width)
+        logits = self._forward(ids, len(self.held), self._branch(len(questions)))
         return np.array([_score(*pair) for pair in zip(logits, questions, strict=True)])
+
+    def _branch(self, rows: int) -> Any:
+        """A cache of that many rows to go on with; what is read there does not come into this one."""
+        if not self._croppable():
+            cache = copy.deepcopy(self.cache)
+            if rows > 1 and self.held:
+                cache.batch_repeat_interleave(rows)
+            return cache
+        # These layers hold on to what they are given and put together something new at each call: views will do.
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (layer.keys, layer.values))
+        return cache
 
     def _forward(self, ids: torch.Tensor, start: int, cache: Any, **arguments: Any) -> torch.Tensor:
         ids = ids.to(self.model.device)

@@ -33,19 +33,21 @@ def test_every_folder_with_an_init_is_a_package():
     assert sorted(SETTINGS["packages"]) == sorted(name for name, _ in packages_in_the_tree())
 
 
-def test_every_data_file_matches_a_pattern():
-    for name, folder in packages_in_the_tree():
+def data_files():
+    """Files that belong to a package and are no modules of one, with the package's name and folder."""
+    folders = {folder: name for name, folder in packages_in_the_tree()}
+    for folder, name in folders.items():
         for file in folder.rglob("*"):
-            owner = max((f for _, f in packages_in_the_tree() if file.is_relative_to(f)), key=lambda f: len(f.parts))
-            if (
-                owner != folder
-                or not file.is_file()
-                or file.suffix in (".py", ".pyc")
-                or (file.name == "README.md" and folder.parent == ROOT)
-            ):
-                continue
-            patterns = SETTINGS["package-data"].get(name, [])
-            assert any(fnmatch.fnmatch(file.relative_to(folder).as_posix(), pattern) for pattern in patterns), file
+            owner = next(parent for parent in file.parents if parent in folders)
+            is_module = file.suffix == ".py" and file.parent == folder
+            is_guide = file.name == "README.md" and folder.parent == ROOT
+            if file.is_file() and owner == folder and not is_module and not is_guide and file.suffix != ".pyc":
+                yield name, file.relative_to(folder).as_posix()
+
+
+def test_every_data_file_matches_a_pattern():
+    for name, file in data_files():
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in SETTINGS["package-data"].get(name, [])), file
 
 
 def test_the_embedded_weights_are_at_most_12_megabytes():
@@ -71,10 +73,11 @@ def test_the_wheel_holds_every_package_and_data_file(wheel):
     for name, folder in packages_in_the_tree():
         inside = name.replace(".", "/")
         assert f"{inside}/__init__.py" in names
-        for file in folder.glob("*"):
-            if file.suffix in (".py", ".yaml", ".txt", ".json", ".typed"):
-                assert f"{inside}/{file.name}" in names, file
-    assert "rope_scaling/demo/model/model.safetensors" in names
+        assert {f"{inside}/{file.name}" for file in folder.glob("*.py")} <= names
+    data = {f"{name.replace('.', '/')}/{file}" for name, file in data_files()}
+    assert data <= names
+    assert "rope_scaling/demo/model/model.safetensors" in data
+    assert "rope_scaling/eval/metrics/retrieval_score/retrieval_score.py" in data
     assert not any(name.startswith(("recipes/", "eval/", "tests/")) for name in names)
 
 
