@@ -12,6 +12,7 @@ import pytest
 from rope_scaling import METHODS
 from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import read_rows
+from rope_scaling.eval.tasks import TASKS
 from rope_scaling.recipes.config import recipe_names
 from rope_scaling.recipes.report import tables
 
@@ -20,8 +21,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SPANS = (ROOT / "docs" / "spans.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
 RECIPES = (ROOT / "recipes" / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = re.findall(r"```(\w+)\n(.*?)```", EVALUATION, flags=re.DOTALL)
 DEMO = repr(str(ROOT / "rope_scaling" / "demo" / "model"))
 
 
@@ -32,6 +35,17 @@ def test_python_blocks_run_in_order(tmp_path):
     replaced = program.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', DEMO)
     done = subprocess.run([sys.executable, "-c", replaced], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_guide_to_evaluation_runs_too(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", EVALUATION, flags=re.DOTALL)
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    for name, task in TASKS.items():
+        assert f"| `{name}` | {task.about} |" in EVALUATION
 
 
 def test_the_guide_to_spans_runs_too(tmp_path):
@@ -59,12 +73,18 @@ model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausal
 
 @pytest.mark.parametrize(
     "command",
-    [c for lang, code in BLOCKS if lang == "bash" for c in code.splitlines() if c.startswith("rope-scaling")],
+    [
+        command
+        for _, code in [block for block in BLOCKS + GUIDE if block[0] == "bash"]
+        for command in code.splitlines()
+        if command.startswith("rope-scaling")
+    ],
 )
 def test_shell_commands_are_understood(command, tmp_path):
     """Every option that the README shows is one that the command has."""
     words = command.split("#")[0].split()
-    names = [word for word in words[1:3] if word in ("plot", "map", "evaluate", "finetune", "methods", "describe")]
+    commands = ("plot", "map", "evaluate", "finetune", "methods", "describe", "harness", "report")
+    names = [word for word in words[1:3] if word in commands]
     command = [sys.executable, "-m", "rope_scaling.cli.main", *names, "--help"]
     environment = os.environ | {"COLUMNS": "200"}
     help_text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -103,7 +123,7 @@ def test_benchmark_numbers_are_those_of_the_committed_rows():
             for ratio in ("ratio", "tokens_per_second_ratio", "log_probability"):
                 if ratio in row:
                     digits = 2 if ratio == "log_probability" else 3
-                    assert f"{row[ratio]:.{digits}f}" in README + RESULTS, row
+                    assert f"{row[ratio]:.{digits}f}" in README + RESULTS + EVALUATION, row
 
 
 def test_every_method_has_a_line_with_its_paper():
@@ -115,7 +135,13 @@ def test_every_method_has_a_line_with_its_paper():
 
 
 def test_linked_files_exist():
-    pages = ((ROOT, README), (ROOT / "docs", RESULTS), (ROOT / "docs", SPANS), (ROOT / "recipes", RECIPES))
+    pages = (
+        (ROOT, README),
+        (ROOT / "docs", RESULTS),
+        (ROOT / "docs", SPANS),
+        (ROOT / "docs", EVALUATION),
+        (ROOT / "recipes", RECIPES),
+    )
     for folder, text in pages:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
             assert (folder / target).exists(), target
