@@ -6,8 +6,8 @@
 Time: the pass at 8x against a bare chunked forward over the same tokens, and against YaRN's protocol for the same
 text, 64 prefixes of it, each read from its start; a grid of needles, 4 lengths by 10 depths, against bare prefills of
 its lengths, and against one for every cell. Both sides take turns in one run on one machine; a ratio is of medians.
-Memory: peak resident size of one process for each length, of the evaluation and of one call with all logits, on a model
-with a vocabulary of 49,152.
+Memory: peak resident size of one process for each length, of the evaluation and of one call with all logits, on a
+model with a vocabulary of 49,152.
 """
 
 from __future__ import annotations

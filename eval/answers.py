@@ -139,8 +139,9 @@ class _Reader:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (layer.keys, layer.values))
+            kept: Any = layer
+            if kept.is_initialized:
+                kept.keys, kept.values = (held.expand(rows, -1, -1, -1) for held in (kept.keys, kept.values))
         return cache
 
     def _forward(self, ids: torch.Tensor, start: int, cache: Any, **arguments: Any) -> torch.Tensor:

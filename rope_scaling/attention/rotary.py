@@ -22,14 +22,18 @@ class RotaryLayout:
     """Pairs are neighbours `(2i, 2i + 1)`; otherwise halves, `(i, i + R / 2)`."""
     start: int = 0
     """First dimension that is turned."""
+    backward: bool = False
+    """The model turns by negative angles."""
 
     def pairs(self, x: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of both members of the pairs `low .. high - 1`, each `[..., high - low]`."""
         if self.interleaved:
             part = x[..., self.start + 2 * low : self.start + 2 * high]
-            return part[..., 0::2], part[..., 1::2]
-        half = self.start + self.rotary_dim // 2
-        return x[..., self.start + low : self.start + high], x[..., half + low : half + high]
+            one, two = part[..., 0::2], part[..., 1::2]
+        else:
+            half = self.start + self.rotary_dim // 2
+            one, two = x[..., self.start + low : self.start + high], x[..., half + low : half + high]
+        return (two, one) if self.backward else (one, two)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable
+from contextvars import ContextVar
 from itertools import zip_longest
 from typing import Any
 
@@ -141,7 +142,9 @@ class DecoderHook:
         if cache is not None:
             call.cache, call.past = cache, past
             call.stores = [
-                key_store(layer, cache, length, index, self.program.kinds[self.program.kind_of[index]].retained)
+                KeyStore()
+                if index in self.program.silent
+                else key_store(layer, cache, length, index, self.program.kinds[self.program.kind_of[index]].retained)
                 for index, layer in zip_longest(range(len(self.program.layers)), cache.layers)
                 if index is not None
             ]
@@ -158,8 +161,8 @@ class DecoderHook:
         if cache is None:
             wanted = kwargs.get("use_cache")
             wanted = getattr(module.config, "use_cache", False) if wanted is None else wanted
-            if not wanted or (torch.is_grad_enabled() and module.training):
-                return None
+            if not wanted or (torch.is_grad_enabled() and module.training) or self.program.silent:
+                return None  # recurrent layers need caches of the model's own making
             from transformers import DynamicCache
 
             cache = DynamicCache(config=module.config)
@@ -236,7 +239,11 @@ def span_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def no_mask(*, attention_mask: Any = None, use_vmap: bool = False, **_: Any) -> Any:
+WINDOWS: ContextVar[set[int] | None] = ContextVar("windows", default=None)
+"""Where windows and chunks are noted that a model asks masks for, while it is looked at."""
+
+
+def no_mask(*, attention_mask: Any = None, use_vmap: bool = False, local_size: int | None = None, **_: Any) -> Any:
     """The mask function of a patched model: the caller's mask as it is, since the hook reads it and spans do the rest.
 
     Raises:
@@ -247,6 +254,8 @@ def no_mask(*, attention_mask: Any = None, use_vmap: bool = False, **_: Any) -> 
             "This model overlays its causal mask with a pattern of its own, which spans cannot express. Frequency "
             "methods work on it."
         )
+    if local_size and (seen := WINDOWS.get()) is not None:
+        seen.add(local_size)
     return attention_mask
 
 

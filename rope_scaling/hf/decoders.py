@@ -13,14 +13,17 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.extend import closed_form
 from rope_scaling.hf.pretrained import Pretrained, factor_of
-from rope_scaling.hf.probe import probe_layouts
+from rope_scaling.hf.probe import look_at
 from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.resolve import Resolved
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.spans import Rope
 
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_FULL = {None, "full_attention", "hybrid"}
+"""Kinds of layers with plain causal attention; those called `hybrid` have a recurrence beside it."""
+_WINDOWED = {"sliding_attention", "hybrid_sliding"}
+_CHUNKED = {"chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ def make_programs(
             not suit the model, or a wanted length beyond their reach.
     """
     programs = {}
-    for path in sorted({path.rpartition(".")[0] for path, _ in patches}):
-        its_slots = [slot for slot in slots if slot.path.rpartition(".")[0] == path]
+    for path in sorted({slot.decoder for slot in slots if (slot.path, slot.layer_type) in patches}):
+        its_slots = [slot for slot in slots if slot.decoder == path]
         programs[path] = _program(model.get_submodule(path), its_slots, patches, wanted)
     return programs
 
@@ -52,21 +55,29 @@ def make_programs(
 def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | None], Any], wanted: Resolved) -> Any:
     config = decoder.config
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    if odd := sorted({kind for kind in types if kind is not None} - _KNOWN_LAYERS):
+    silent = [index for index, kind in enumerate(types) if kind not in _FULL | _WINDOWED | _CHUNKED]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    look = look_at(decoder, [slot.inv_freq for slot in slots], {size for size in (window, chunk) if size}, silent)
+    if odd := sorted({types[index] for index in silent if index in look.heard}):
         raise RopeScalingError(
             f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot express. "
             "Frequency methods work on it."
         )
-    layouts = probe_layouts(decoder, [slot.inv_freq for slot in slots])
     ropes = {index: _rope(slot, patches, wanted, config) for index, slot in enumerate(slots)}
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # Some configs state a window that the model does not use.
+    window, chunk = (size if size in look.windows else None for size in (window, chunk))
     layers = []
-    for kind, found in zip(types, layouts, strict=True):
+    for place, (kind, found) in enumerate(zip(types, look.layouts, strict=True)):
         index, layout = found or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
+        index = _own_slot(slots, index, kind)
         scaled = (slots[index].path, slots[index].layer_type) in patches
         # A config without layer types and with a window has it in every layer.
-        its_window = window if kind in ("sliding_attention", None) else None
-        layers.append(Layer(ropes[index] if found else None, layout, scaled, its_window))
+        its_window = window if kind in {None, *_WINDOWED} else None
+        its_chunk = chunk if kind in _CHUNKED else None
+        layers.append(
+            Layer(ropes[index] if found else None, layout, scaled, its_window, its_chunk, place not in silent)
+        )
     if not any(layer.rope for layer in layers if layer.scaled):
         raise RopeScalingError(f"No layer of {type(decoder).__name__} that the patch is for turns queries and keys.")
     program = SpanProgram(wanted.spans, wanted.temperature, layers)
@@ -78,6 +89,16 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
             "smaller window), or a smaller target."
         )
     return program
+
+
+def _own_slot(slots: list[Slot], found: int, kind: str | None) -> int:
+    """The slot of a layer's own kind, where several hold the frequencies that were found."""
+    same = [
+        index
+        for index, slot in enumerate(slots)
+        if slot.layer_type == kind and torch.equal(slot.inv_freq, slots[found].inv_freq)
+    ]
+    return same[0] if same else found
 
 
 def _rope(slot: Slot, patches: dict[tuple[str, str | None], Any], wanted: Resolved, config: Any) -> Rope:

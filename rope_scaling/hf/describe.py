@@ -133,7 +133,7 @@ def _value_text(value: Any) -> str:
 def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescription:
     pretrained = change.pretrained
     rope_type = change.extension.rope_parameters["rope_type"]
-    program = applied.programs.get(slot.path.rpartition(".")[0])
+    program = applied.programs.get(slot.decoder)
     reach = ""
     if program is not None and program.methods:
         reach = "; any length" if program.reach is None else f"; reaches {program.reach} tokens"

@@ -71,9 +71,14 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
     fallback = longrope_parameters(
         geometry, inv_freq, attention_factor, length / geometry.original_max_position_embeddings
     )
+    # Phi-3.5-MoE wants its two multipliers of cos and sin in any type but `default`.
+    with_mscales = {**fallback, "short_mscale": attention_factor, "long_mscale": attention_factor}
+    kept = pretrained.other_parameters
+    if pretrained.rope_parameters.get("rope_type") == "proportional":
+        kept["partial_rotary_factor"] = 1.0  # the share is in the frequencies: those of other pairs are 0
     refusals = []
-    for candidate in (native, fallback):
-        parameters = {**pretrained.other_parameters, "rope_theta": geometry.rope_theta, **(candidate or fallback)}
+    for candidate in (native or fallback, fallback, with_mscales):
+        parameters = {**kept, "rope_theta": geometry.rope_theta, **candidate}
         try:
             whole = slot.with_part(slot.config.rope_parameters, parameters)
             config = config_with(slot, whole, length)

@@ -60,14 +60,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", **arguments
     return model.to(place).eval()
 
 
-def from_pretrained(name: str | Path, **arguments: Any) -> torch.nn.Module:
+def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any) -> torch.nn.Module:
     """Loads a patched model that was saved with `save_pretrained`, with the patch in effect.
 
     What plain Transformers refuses to load, because a span method or a temperature lives in attention, this restores.
 
     Args:
         name (`str` or `Path`): A folder, or a hub id.
-        **arguments: As `AutoModelForCausalLM.from_pretrained` takes them (`dtype`, `device_map`, ...).
+        model_class (`type`, *optional*): What loads it, such as `AutoModelForImageTextToText`; by default
+            `AutoModelForCausalLM`.
+        **arguments: As its `from_pretrained` takes them (`dtype`, `device_map`, ...).
 
     Returns:
         `nn.Module`: the causal language model, in evaluation mode.
@@ -82,16 +84,18 @@ def from_pretrained(name: str | Path, **arguments: Any) -> torch.nn.Module:
     name = str(name)
     with unwarned():
         config = arguments.pop("config", None) or _fetch(AutoConfig.from_pretrained, name)
-    record = getattr(config, RECORD_KEY, None)
+    text = config.get_text_config()
+    record = getattr(text, RECORD_KEY, None)
     if record is None:
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
         )
     pretrained = check_record(record)["pretrained"]
-    if is_loud(config):
+    if is_loud(text):
         for key, value in pretrained.items():
-            setattr(config, key, copy.deepcopy(value))
-    return patch(_fetch(AutoModelForCausalLM.from_pretrained, name, config=config, **arguments).eval())
+            setattr(text, key, copy.deepcopy(value))
+    load = (model_class or AutoModelForCausalLM).from_pretrained
+    return patch(_fetch(load, name, config=config, **arguments).eval())
 
 
 def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:

@@ -25,6 +25,7 @@ from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
+from rope_scaling.hf.softmax import scale_softmax
 from rope_scaling.methods import Method
 
 
@@ -269,6 +270,7 @@ def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[
     for slot in slots:
         if change := applied.patches.get((slot.path, slot.layer_type)):
             slot.set(change.extension.inv_freq, change.extension.attention_factor)
+            scale_softmax(model, slot, change.extension.rope_parameters)
             set_record(slot, applied)
     _set_config(model, slots, config)
     for slot in slots:
@@ -374,10 +376,13 @@ def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
     applied = applied_patch(slots)
     for module in {id(slot.module): slot.module for slot in slots}.values():
         restore(module)
-    for path in {slot.path.rpartition(".")[0] for slot in slots}:
+    for path in {slot.decoder for slot in slots}:
         remove(model.get_submodule(path))
     if applied is not None:
         _set_config(model, slots, applied.config_before)
+        for slot in slots:
+            if change := applied.patches.get((slot.path, slot.layer_type)):
+                scale_softmax(model, slot, change.pretrained.rope_parameters)
 
 
 def _load(model: nn.Module, slots: list[Slot], settings: dict[str, Any]) -> None:
@@ -386,3 +391,4 @@ def _load(model: nn.Module, slots: list[Slot], settings: dict[str, Any]) -> None
     for slot in slots:
         inv_freq, attention_factor = host_frequencies(slot, slot.config)
         slot.load(inv_freq, attention_factor, slot.config.rope_parameters)
+        scale_softmax(model, slot, slot.part_of(slot.config.rope_parameters))

@@ -164,6 +164,8 @@ def default_function(slot: Slot) -> Any:
 
 
 def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:
+    if slot.layer_type and getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[slot.layer_type]  # heads of layer types may differ in number and width
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     if head_dim and head_dim * parameters.get("partial_rotary_factor", 1.0) % 2 and 2 * num_pairs > head_dim:

@@ -8,13 +8,16 @@ zeros, so that every layer sees the same in both.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import CALL, NAME, UnheardError
+from rope_scaling.hf.attention import CALL, NAME, WINDOWS, UnheardError
 
 
 _POSITIONS = (1, 5, 11)
@@ -31,13 +34,27 @@ class _Probe:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
 
 
-def probe_layouts(decoder: Any, inv_freqs: list[torch.Tensor]) -> list[tuple[int, RotaryLayout] | None]:
+@dataclass(frozen=True)
+class Look:
+    """What a decoder was seen to do."""
+
+    layouts: list[tuple[int, RotaryLayout] | None]
     """For every layer, which of the frequencies it is turned with and which dimensions form pairs; `None` if it does
-    not turn.
+    not turn."""
+    heard: set[int]
+    """Layers whose attention was called."""
+    windows: set[int]
+    """Tokens of the windows and chunks that masks were asked for."""
+
+
+def look_at(decoder: Any, inv_freqs: list[torch.Tensor], windows: set[int], silent: Collection[int] = ()) -> Look:
+    """Runs a decoder on a few vectors, with attention that returns zeros.
 
     Args:
         decoder (`nn.Module`): The module that holds the rotary module and the layers.
         inv_freqs (list of `torch.Tensor`): Frequencies that its rotary modules hold, `[R / 2]` each.
+        windows (set of `int`): Windows and chunks that its config states.
+        silent (collection of `int`): Layers that may have no attention, such as recurrent ones.
 
     Raises:
         RopeScalingError: attention does not go through Transformers' interface, or turns in a way not known here.
@@ -46,24 +63,33 @@ def probe_layouts(decoder: Any, inv_freqs: list[torch.Tensor]) -> list[tuple[int
     count = decoder.config.num_hidden_layers
     if first is None or first.is_meta:
         # A skeleton cannot run; it is only described.
-        return [(0, RotaryLayout(2 * len(inv_freqs[0])))] * count
+        return Look([(0, RotaryLayout(2 * len(inv_freqs[0])))] * count, set(range(count)) - set(silent), windows)
     before = decoder.config._attn_implementation
     training = [module for module in decoder.modules() if module.training]
     decoder.eval()
+    seen: set[int] = set()
+    noting = WINDOWS.set(seen)
     try:
         decoder.set_attn_implementation(NAME)
         still, moved = (_run(decoder, positions, first) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
     finally:
+        WINDOWS.reset(noting)
         decoder.set_attn_implementation(before)
         for module in training:
             module.training = True
-    if missing := [index for index in range(count) if index not in still]:
+    if missing := [index for index in range(count) if index not in still and index not in silent]:
         raise RopeScalingError(
             f"The attention of {len(missing)} of the {count} layers of {type(decoder).__name__} (the first: layer "
             f"{missing[0]}) does not go through Transformers' attention interface, so spans cannot reach it."
         )
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2}.get(first.dtype, 5e-2)
-    return [_layout(index, still[index], moved[index], inv_freqs, tolerance) for index in range(count)]
+    layouts = [
+        _layout(index, still[index], moved[index], inv_freqs, tolerance)
+        if index in still and index not in silent
+        else None
+        for index in range(count)
+    ]
+    return Look(layouts, set(still), seen)
 
 
 @torch.no_grad()
@@ -73,28 +99,35 @@ def _run(decoder: Any, positions: tuple[int, ...], like: torch.Tensor) -> dict[i
     def pass_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, CALL: probe}
 
-    width = decoder.config.hidden_size
-    vectors = torch.randn(1, len(positions), width, generator=torch.Generator().manual_seed(0))
+    width, vocabulary = decoder.config.hidden_size, getattr(decoder.config, "vocab_size", 0)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1, len(positions), width, generator=generator).to(like.device, like.dtype)
+    tokens = torch.randint(max(vocabulary, 1), (1, len(positions)), generator=generator).to(like.device)
+    reasons = []
     handle = decoder.register_forward_pre_hook(pass_on, with_kwargs=True)
     try:
-        decoder(
-            inputs_embeds=vectors.to(like.device, like.dtype),
-            position_ids=torch.tensor([positions], device=like.device),
-            attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=like.device),
-            use_cache=False,
-        )
-    except UnheardError as error:
-        raise RopeScalingError(
-            f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
-            "cannot reach it. Frequency methods work on it."
-        ) from error
-    except Exception as error:
-        raise RopeScalingError(
-            f"{type(decoder).__name__} could not be run on a few vectors to see how it turns them: {error}"
-        ) from error
+        # Some models look tokens up more than once and take no vectors.
+        for inputs in ({"inputs_embeds": vectors}, {"input_ids": tokens}):
+            try:
+                decoder(
+                    **inputs,
+                    position_ids=torch.tensor([positions], device=like.device),
+                    attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=like.device),
+                    use_cache=False,
+                )
+                return probe.seen
+            except UnheardError as error:
+                raise RopeScalingError(
+                    f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
+                    "cannot reach it. Frequency methods work on it."
+                ) from error
+            except Exception as error:
+                reasons.append(error)
     finally:
         handle.remove()
-    return probe.seen
+    raise RopeScalingError(
+        f"{type(decoder).__name__} could not be run on a few vectors to see how it turns them: {reasons[0]}"
+    ) from reasons[0]
 
 
 def _layout(
@@ -113,9 +146,9 @@ def _layout(
     for index, inv_freq in enumerate(inv_freqs):
         rotary_dim = 2 * len(inv_freq)
         rotation = Rotation.by(torch.tensor(_POSITIONS).double()[:, None] * inv_freq.double().cpu())
-        for interleaved in (False, True):
+        for backward, interleaved in product((False, True), repeat=2):
             for start in sorted({0, width - rotary_dim}):
-                layout = RotaryLayout(rotary_dim, interleaved, start)
+                layout = RotaryLayout(rotary_dim, interleaved, start, backward)
                 if rotary_dim <= width and rotation is not None:
                     wanted = (rotation.apply(vectors, layout) for vectors in still)
                     if all(agree(found, want) for found, want in zip(moved, wanted, strict=True)):

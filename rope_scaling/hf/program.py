@@ -11,7 +11,7 @@ import torch
 
 from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.spans import Rope, Span, SpanMethod, compose, plain
-from rope_scaling.spans.base import check_spans, within
+from rope_scaling.spans.base import check_spans, same_chunk, within
 from rope_scaling.temperatures import Temperature
 
 
@@ -26,6 +26,10 @@ class Layer:
     """Whether the patch is for this layer; others keep their attention."""
     sliding_window: int | None
     """The model's own window."""
+    chunk: int | None = None
+    """Tokens of the model's own chunks, beyond which no query looks."""
+    attends: bool = True
+    """Whether it has attention at all; a recurrent layer has not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,7 @@ class SpanProgram:
 
     def __init__(self, methods: tuple[SpanMethod, ...], temperature: Temperature | None, layers: list[Layer]):
         self.methods, self.temperature, self.layers = methods, temperature, layers
+        self.silent = {index for index, layer in enumerate(layers) if not layer.attends}
         self.reach = self._reach()
         self._warned = False
         self._work_out()
@@ -64,7 +69,7 @@ class SpanProgram:
         self.kind_of: list[Hashable] = []
         for index, layer in enumerate(self.layers):
             own = tuple(method.layer_kind(layer.rope, index) for method in self.methods) if layer.rope else ()
-            name = (id(layer.rope), layer.scaled, layer.sliding_window, own)
+            name = (id(layer.rope), layer.scaled, layer.sliding_window, layer.chunk, own)
             if name not in self.kinds:
                 self.kinds[name] = self._kind(layer, index)
             self.kind_of.append(name)
@@ -84,6 +89,8 @@ class SpanProgram:
             spans = [Span(span.first, span.last) for span in spans]
         if layer.sliding_window:
             spans = compose(spans, [within(layer.sliding_window)])
+        if layer.chunk:
+            spans = compose(spans, [same_chunk(layer.chunk)])
         temperature = _Scale(self.temperature, self._some_rope().trained_length) if self.temperature else None
         return Kind(spans, inv_freq, layer.layout, temperature if layer.scaled else None, retained)
 

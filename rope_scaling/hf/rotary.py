@@ -28,6 +28,8 @@ class Slot:
     module: Any
     """The rotary module."""
     layer_type: str | None
+    decoder: str = ""
+    """Name of the decoder whose layers it turns: the nearest model around the module."""
 
     @property
     def config(self) -> Any:
@@ -78,6 +80,9 @@ class Slot:
         state.saved_attributes.setdefault(self._attention_name, getattr(self.module, self._attention_name))
         state.saved_attributes.setdefault("rope_type", self.module.rope_type)
         setattr(self.module, self._attention_name, attention_factor)
+        if callable(getattr(self.module, "rope_init_fn", None)):  # some compute their frequencies anew in every call
+            state.saved_attributes.setdefault("rope_init_fn", self.module.rope_init_fn)
+            self.module.rope_init_fn = self.module.compute_default_rope_parameters
         self.module.rope_type = self.with_part(self.module.rope_type, "default")
         _restore_pinned(self.module)
 
@@ -118,7 +123,13 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
         name = type(module).__name__
         if "RotaryEmbedding" in name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
             layer_types = sorted(module.rope_type) if isinstance(module.rope_type, dict) else [None]
-            slots += [Slot(path, module, layer_type) for layer_type in layer_types]
+            slots += [Slot(path, module, layer_type, _decoder(model, path)) for layer_type in layer_types]
+    if not slots and any(getattr(module, "embed_positions", None) is not None for module in model.modules()):
+        raise RopeScalingError(
+            f"{type(model).__name__} takes its angles, or positions, from a table that its code computes for a fixed "
+            "number of tokens (`embed_positions`). No config can scale that, so a saved model would lose the change: "
+            "no module was touched."
+        )
     if not slots:
         raise RopeScalingError(
             f"{type(model).__name__} has no rotary position embedding that can be scaled: no module was touched. "
@@ -126,6 +137,15 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
             "Mistral, Qwen, Phi, Gemma or GPT-NeoX."
         )
     return slots
+
+
+def _decoder(model: nn.Module, path: str) -> str:
+    """The nearest model around a rotary module: in most families its parent, in some a layer's attention holds it."""
+    parent = path.rpartition(".")[0]
+    around = parent
+    while around and not hasattr(model.get_submodule(around), "set_attn_implementation"):
+        around = around.rpartition(".")[0]
+    return around if hasattr(model.get_submodule(around), "set_attn_implementation") else parent
 
 
 def patched_record(slot: Slot) -> Any:

@@ -73,7 +73,7 @@ def remove_s2_attention(model: nn.Module) -> nn.Module:
 
 def _decoder(model: nn.Module) -> Any:
     """The module that holds the rotary module and the layers."""
-    return model.get_submodule(rotary_slots(model)[0].path.rpartition(".")[0])
+    return model.get_submodule(rotary_slots(model)[0].decoder)
 
 
 def _layers(decoder: nn.Module) -> Iterator[nn.Module]:

@@ -122,6 +122,11 @@ def within(window: int) -> Span:
     return Span(first=lambda m: (m - window + 1).clamp(min=0), last=causal)
 
 
+def same_chunk(size: int) -> Span:
+    """The keys of the query's own chunk of `size` tokens, turned as the model turns them."""
+    return Span(first=lambda m: m - m % size, last=causal)
+
+
 def beyond(
     window: int, query: Angles | None = None, key: Angles | None = None, amplitude: torch.Tensor | None = None
 ) -> Span:
