@@ -89,6 +89,11 @@ def lengths_figure(rows: list[dict[str, Any]], field: str, trained_length: int, 
     axes.set(xlabel="length, tokens", ylabel=label, title=title)
     if field == "accuracy":
         axes.set_ylim(-0.03, 1.03)
+    elif field == "gain":
+        # A model that collapses loses nats, one that reads on gains hundredths.
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.autoscale(axis="y")
     axes.grid(alpha=0.3)
     _legend(axes, last)
     return figure
