@@ -9,6 +9,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.pretrained import windows_of
 from rope_scaling.recipes.config import Recipe
 
 
@@ -109,9 +110,9 @@ def check_sharded(recipe: Recipe, fsdp: bool) -> None:
 
 
 def _check_window(recipe: Recipe, config: Any, target_length: int, in_attention: bool) -> None:
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = max((window or target_length for window in windows_of(config)), default=target_length)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    windowed = window and window < target_length and kinds == {"sliding_attention"} and not in_attention
+    windowed = window < target_length and kinds == {"sliding_attention"} and not in_attention
     if windowed and recipe.patch.sliding_window is None:
         raise RopeScalingError(
             f"Every layer of this model sees the last {window} tokens only, and it is to read {target_length}. "

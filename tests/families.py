@@ -1,4 +1,4 @@
-"""Every decoder family of the installed Transformers that turns queries and keys, as a tiny random model, and whether
+"""Every language model of the installed Transformers that turns queries and keys, as a tiny random model, and whether
 patches do to it what they should. `python tests/families.py` writes `docs/families.md`.
 """
 
@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 import rope_scaling
 from rope_scaling import RopeScalingError, SlidingWindow, Span, SpanMethod
 
 
+ENCODERS = {model_type: name for model_type, name in MASKED.items() if model_type not in DECODERS}
+NAMES = {**DECODERS, **ENCODERS}
 TRAINED = 64
 LENGTH = 150
 WINDOW = 8
@@ -277,6 +280,8 @@ def _stated(model):
 @torch.no_grad()
 def _generates(model):
     """Whether greedy generation, from within to beyond the trained length, chooses what one call would."""
+    if model.config.model_type in ENCODERS:
+        return False
     ids = tokens(2, TRAINED - 4)
     config = transformers.GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -301,8 +306,9 @@ def line(model_type):
 HEAD = """\
 # Families
 
-Every causal language model of Transformers {version} whose code has rotary embeddings, as a tiny random model of its
-own config class. `python tests/families.py` makes this table, and the tests hold every line to it. *Works* means, for
+Every causal or masked language model of Transformers {version} whose code has rotary embeddings, as a tiny random
+model of its own config class. `python tests/families.py` makes this table, and the tests hold every line to it.
+*Works* means, for
 
 - **frequencies** (YaRN): logits past the trained length change, and a plain reload of the saved folder gives the same;
 - **distances** (Self-Extend): the same with this library's reload; and all distances halved, in two spans, are what
@@ -322,16 +328,24 @@ over everything would (if it does without a patch), and that `unpatch` brings th
 
 def main():
     """Writes the table."""
-    lines = []
+    lines = {}
     for model_type in families():
-        lines.append(line(model_type))
-        print(lines[-1], flush=True)
+        lines[model_type] = line(model_type)
+        print(lines[model_type], flush=True)
+    said = [
+        _count([lines[one] for one in lines if one in names], kind)
+        for names, kind in ((DECODERS, "causal language models"), (ENCODERS, "encoders"))
+    ]
+    text = HEAD.format(version=transformers.__version__, counts="\n".join(said))
+    Path(__file__).parents[1].joinpath("docs", "families.md").write_text(text + "\n".join(lines.values()) + "\n")
+
+
+def _count(lines, kind):
     built = [one for one in lines if "not constructible" not in one and "has no rotary" not in one]
     counts = [sum(one.split("|")[column].strip() == "works" for one in built) for column in (2, 3, 4)]
     names = ("frequencies", "distances", "windows")
     said = ", ".join(f"{name} on {count}" for name, count in zip(names, counts, strict=True))
-    text = HEAD.format(version=transformers.__version__, counts=f"Of {len(built)} families that turn: {said}.")
-    Path(__file__).parents[1].joinpath("docs", "families.md").write_text(text + "\n".join(lines) + "\n")
+    return f"Of {len(built)} {kind} that turn and could be built: {said}."
 
 
 if __name__ == "__main__":

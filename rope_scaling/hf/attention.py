@@ -222,6 +222,8 @@ def span_attention(
             "patched. Two models that share one config object share its attention: load them separately, or give "
             "this one its own with `model.set_attn_implementation('sdpa')`."
         )
+    if not getattr(module, "is_causal", True):
+        raise both_ways(type(module).__name__)
     for name in ("position_bias", "cache", "block_table", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
             raise RopeScalingError(
@@ -239,23 +241,43 @@ def span_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def both_ways(name: str) -> RopeScalingError:
+    """The error for attention that is not causal."""
+    return RopeScalingError(
+        f"{name} attends both ways, and spans and temperatures hold for causal attention only. Frequency methods work "
+        "on it."
+    )
+
+
 WINDOWS: ContextVar[set[int] | None] = ContextVar("windows", default=None)
 """Where windows and chunks are noted that a model asks masks for, while it is looked at."""
 
 
-def no_mask(*, attention_mask: Any = None, use_vmap: bool = False, local_size: int | None = None, **_: Any) -> Any:
+def no_mask(
+    *,
+    attention_mask: Any = None,
+    mask_function: Any = None,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    **_: Any,
+) -> Any:
     """The mask function of a patched model: the caller's mask as it is, since the hook reads it and spans do the rest.
 
     Raises:
-        RopeScalingError: the model adds a pattern of its own, such as images that attend both ways.
+        RopeScalingError: the model adds a pattern of its own, such as images that attend both ways, or is not causal.
     """
     if use_vmap:
         raise RopeScalingError(
             "This model overlays its causal mask with a pattern of its own, which spans cannot express. Frequency "
             "methods work on it."
         )
-    if local_size and (seen := WINDOWS.get()) is not None:
-        seen.add(local_size)
+    seen = WINDOWS.get()
+    if seen is not None:
+        if local_size:
+            seen.add(local_size)
+        row, query, key = (torch.tensor(index) for index in (0, 0, 1))
+        if mask_function is not None and bool(mask_function(row, row, query, key)):
+            raise both_ways("This model")
     return attention_mask
 
 

@@ -12,7 +12,7 @@ from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.extend import closed_form
-from rope_scaling.hf.pretrained import Pretrained, factor_of
+from rope_scaling.hf.pretrained import Pretrained, factor_of, layer_configs, windows_of
 from rope_scaling.hf.probe import look_at
 from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.resolve import Resolved
@@ -56,25 +56,24 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     config = decoder.config
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     silent = [index for index, kind in enumerate(types) if kind not in _FULL | _WINDOWED | _CHUNKED]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    chunk = getattr(config, "attention_chunk_size", None)
-    look = look_at(decoder, [slot.inv_freq for slot in slots], {size for size in (window, chunk) if size}, silent)
+    windows = windows_of(config)
+    chunks = [getattr(one, "attention_chunk_size", None) for one in layer_configs(config)]
+    stated = {size for size in windows + chunks if size}
+    look = look_at(decoder, [slot.inv_freq for slot in slots], stated, silent)
     if odd := sorted({types[index] for index in silent if index in look.heard}):
         raise RopeScalingError(
             f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot express. "
             "Frequency methods work on it."
         )
     ropes = {index: _rope(slot, patches, wanted, config) for index, slot in enumerate(slots)}
-    # Some configs state a window that the model does not use.
-    window, chunk = (size if size in look.windows else None for size in (window, chunk))
     layers = []
     for place, (kind, found) in enumerate(zip(types, look.layouts, strict=True)):
         index, layout = found or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
         index = _own_slot(slots, index, kind)
         scaled = (slots[index].path, slots[index].layer_type) in patches
-        # A config without layer types and with a window has it in every layer.
-        its_window = window if kind in {None, *_WINDOWED} else None
-        its_chunk = chunk if kind in _CHUNKED else None
+        # A config without layer types and with a window has it in every layer, or states one that is never used.
+        its_window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in look.windows else None
+        its_chunk = chunks[place] if kind in _CHUNKED and chunks[place] in look.windows else None
         layers.append(
             Layer(ropes[index] if found else None, layout, scaled, its_window, its_chunk, place not in silent)
         )

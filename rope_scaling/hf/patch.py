@@ -11,16 +11,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from rope_scaling.errors import RopeScalingError, check_length
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.attention import install, installed, remove
+from rope_scaling.hf.configs import config_of, config_state, set_config
 from rope_scaling.hf.decoders import make_programs
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
 from rope_scaling.hf.loud import ACTIVATION_KEY, fail_in_plain_transformers
-from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, host_frequencies, pretrained_settings, read_pretrained
+from rope_scaling.hf.pretrained import (
+    RECORD_KEY,
+    Pretrained,
+    host_frequencies,
+    pretrained_settings,
+    read_pretrained,
+    windows_of,
+)
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
@@ -51,9 +58,6 @@ class Applied:
     """All of it, the frequency method first."""
     programs: dict[str, SpanProgram] = field(default_factory=dict)
     """What attention does other than the model's, by path of the decoder."""
-
-
-_CONFIG_ATTRIBUTES = ("rope_parameters", "max_position_embeddings", ACTIVATION_KEY, RECORD_KEY)
 
 
 def patch(
@@ -112,7 +116,7 @@ def patch(
         original_max_position_embeddings = check_length(
             "original_max_position_embeddings", original_max_position_embeddings
         )
-    settings = pretrained_settings(_config(slots))
+    settings = pretrained_settings(config_of(slots))
     chosen = choose_slots(slots, layer_types)
     reach = max(read_pretrained(slot, settings, original_max_position_embeddings).reach for slot in chosen)
     wanted = resolve_methods(method, reach, factor, target_length, arguments)
@@ -128,7 +132,7 @@ def patch_as_recorded(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """
     slots = rotary_slots(model)
     made_on = check_record(record)["pretrained"]
-    found = pretrained_settings(_config(slots))
+    found = pretrained_settings(config_of(slots))
     if different := [name for name, value in made_on.items() if found.get(name) != value]:
         changes = "; ".join(f"`{name}` there {made_on[name]}, here {found.get(name)}" for name in different)
         raise RopeScalingError(
@@ -139,7 +143,7 @@ def patch_as_recorded(model: nn.Module, record: dict[str, Any]) -> nn.Module:
 
 def patch_record(model: nn.Module) -> dict[str, Any] | None:
     """The record of the patch that a model carries, in effect or only in its config; `None` without one."""
-    record = getattr(_config(rotary_slots(model)), RECORD_KEY, None)
+    record = getattr(config_of(rotary_slots(model)), RECORD_KEY, None)
     return None if record is None else copy.deepcopy(check_record(record))
 
 
@@ -157,7 +161,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     slots = rotary_slots(model)
     record = _recorded(slots, "This model is not patched: there is nothing to take back.")
     _roll_back(model, slots)
-    if hasattr(_config(slots), RECORD_KEY):
+    if hasattr(config_of(slots), RECORD_KEY):
         _load(model, slots, record["pretrained"])
     return model
 
@@ -171,7 +175,7 @@ def patched(model: nn.Module, *method: str | Method | Sequence[Method], **argume
     """
     slots = rotary_slots(model)
     before = applied_patch(slots)
-    config = _config_state(_config(slots))
+    config = config_state(config_of(slots))
     patch(model, *method, **arguments)
     try:
         yield model
@@ -201,7 +205,7 @@ def _apply(
     from_record: bool = False,
 ) -> nn.Module:
     """Computes everything first, then changes the model, then verifies it; a failure leaves it as it was."""
-    config = _config(slots)
+    config = config_of(slots)
     settings = pretrained_settings(config)
     parameters = copy.deepcopy(settings["rope_parameters"])
     in_attention = bool(wanted.spans or wanted.temperature)
@@ -232,10 +236,10 @@ def _apply(
     if ACTIVATION_KEY in after:
         settings.setdefault(ACTIVATION_KEY, getattr(config, ACTIVATION_KEY))
     after[RECORD_KEY] = make_record(wanted.methods, stated, layer_types, original_length, settings)
-    outer, outer_config = applied_patch(slots), _config_state(config)
+    outer, outer_config = applied_patch(slots), config_state(config)
     if outer is not None:
         _roll_back(model, slots)
-    applied = Applied(patches, _config_state(config), wanted.methods, programs)
+    applied = Applied(patches, config_state(config), wanted.methods, programs)
     try:
         _commit(model, slots, applied, after)
     except Exception:
@@ -272,7 +276,7 @@ def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[
             slot.set(change.extension.inv_freq, change.extension.attention_factor)
             scale_softmax(model, slot, change.extension.rope_parameters)
             set_record(slot, applied)
-    _set_config(model, slots, config)
+    set_config(model, slots, config)
     for slot in slots:
         if (change := applied.patches.get((slot.path, slot.layer_type))) and not slot.inv_freq.is_meta:
             _verify(slot, change)
@@ -320,9 +324,9 @@ def _check_as_configured(slot: Slot, pretrained: Pretrained) -> None:
 
 
 def _warn_of_windows(config: Any, length: int) -> None:
-    window = getattr(config, "sliding_window", None)
+    window = max((window or length for window in windows_of(config)), default=length)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and window < length and kinds == {"sliding_attention"} and getattr(config, "use_sliding_window", True):
+    if window < length and kinds == {"sliding_attention"}:
         warnings.warn(
             f"Every layer of this model attends to the last {window} tokens only (`sliding_window`), so no layer sees "
             f"{length} tokens at once, whatever its frequencies.",
@@ -331,45 +335,13 @@ def _warn_of_windows(config: Any, length: int) -> None:
 
 
 def _recorded(slots: list[Slot], otherwise: str | None = None) -> dict[str, Any]:
-    record = getattr(_config(slots), RECORD_KEY, None)
+    record = getattr(config_of(slots), RECORD_KEY, None)
     if record is None:
         raise RopeScalingError(
             otherwise
             or "The model's config has no record of a patch. Name a method, as in `patch(model, 'yarn', factor=4)`."
         )
     return check_record(record)
-
-
-def _config(slots: list[Slot]) -> Any:
-    configs = {id(slot.config): slot.config for slot in slots}
-    if len({str(getattr(config, "rope_parameters", None)) for config in configs.values()}) > 1:
-        raise RopeScalingError(
-            "This model has several decoders with different RoPE parameters "
-            f"({', '.join(sorted({slot.path for slot in slots}))}). Patch the one you want, as in "
-            "`patch(model.decoder, ...)`."
-        )
-    return next(iter(configs.values()))
-
-
-def _config_state(config: Any) -> dict[str, Any]:
-    return {name: copy.deepcopy(getattr(config, name)) for name in _CONFIG_ATTRIBUTES if hasattr(config, name)}
-
-
-def _set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any]) -> None:
-    """Writes the attributes into every config that describes these slots, so that whichever is saved is right."""
-    configs = {id(slot.config): slot.config for slot in slots}
-    parameters = str(_config(slots).rope_parameters)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        text: Any = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
-        if text is not None and str(getattr(text, "rope_parameters", None)) == parameters:
-            configs[id(text)] = text
-    for config in configs.values():
-        for name in _CONFIG_ATTRIBUTES:
-            if name in values:
-                setattr(config, name, copy.deepcopy(values[name]))
-            elif name == RECORD_KEY and hasattr(config, name):
-                delattr(config, name)
 
 
 def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
@@ -379,7 +351,7 @@ def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
     for path in {slot.decoder for slot in slots}:
         remove(model.get_submodule(path))
     if applied is not None:
-        _set_config(model, slots, applied.config_before)
+        set_config(model, slots, applied.config_before)
         for slot in slots:
             if change := applied.patches.get((slot.path, slot.layer_type)):
                 scale_softmax(model, slot, change.pretrained.rope_parameters)
@@ -387,7 +359,7 @@ def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
 
 def _load(model: nn.Module, slots: list[Slot], settings: dict[str, Any]) -> None:
     """Gives modules that hold a saved patch the frequencies of the pretrained settings, as loading those would."""
-    _set_config(model, slots, settings)
+    set_config(model, slots, settings)
     for slot in slots:
         inv_freq, attention_factor = host_frequencies(slot, slot.config)
         slot.load(inv_freq, attention_factor, slot.config.rope_parameters)

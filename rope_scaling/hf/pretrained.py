@@ -163,6 +163,19 @@ def default_function(slot: Slot) -> Any:
     return getattr(found[-1], "__func__", found[-1])
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """Every layer's own config: the same one, unless layers differ in heads or windows."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * getattr(config, "num_hidden_layers", 1)
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """The window in tokens that the config states for every layer."""
+    own = layer_configs(config)
+    return [getattr(one, "sliding_window", None) if getattr(one, "use_sliding_window", True) else None for one in own]
+
+
 def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:
     if slot.layer_type and getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[slot.layer_type]  # heads of layer types may differ in number and width

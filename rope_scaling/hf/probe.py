@@ -121,6 +121,8 @@ def _run(decoder: Any, positions: tuple[int, ...], like: torch.Tensor) -> dict[i
                     f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
                     "cannot reach it. Frequency methods work on it."
                 ) from error
+            except RopeScalingError:
+                raise
             except Exception as error:
                 reasons.append(error)
     finally:

@@ -1,12 +1,11 @@
-"""Every decoder family of the installed Transformers: patched, verified, generated with, saved, taken back."""
+"""Every family of the installed Transformers: patched, verified, generated with, saved, taken back."""
 
 import re
 from pathlib import Path
 
 import pytest
 import transformers
-from families import NotConstructibleError, check, families
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+from families import ENCODERS, NAMES, NotConstructibleError, check, families
 
 
 TABLE = Path(__file__).parents[2].joinpath("docs", "families.md").read_text()
@@ -33,7 +32,8 @@ def test_the_table_has_every_family():
 
 
 def test_most_families_work():
-    """Of those that turn queries and keys and can be built: 90% for frequencies, 75% for spans."""
-    built = [row.split("|") for row in ROWS.values() if "not constructible" not in row and "has no rotary" not in row]
+    """Of decoders that turn queries and keys and can be built: 90% for frequencies, 75% for spans."""
+    rows = [row for model_type, row in ROWS.items() if model_type not in ENCODERS]
+    built = [row.split("|") for row in rows if "not constructible" not in row and "has no rotary" not in row]
     for column, share in enumerate((0.9, 0.75, 0.75)):
         assert sum(row[column].strip() == "works" for row in built) >= share * len(built)

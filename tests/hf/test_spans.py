@@ -401,6 +401,50 @@ def test_models_whose_attention_cannot_be_reached():
     rope_scaling.patch(model, "yarn", factor=2)  # frequencies do not need attention
 
 
+def test_attention_that_goes_both_ways_is_refused_not_made_causal():
+    model = make_model("llama", is_causal=False)
+    changed = token_ids(150)
+    changed[0, -1] += 1
+    before = logits(model)
+    assert not torch.equal(logits(model, changed)[:, 0], before[:, 0])
+    for method in ("self_extend", "sliding_window", "log_n"):
+        with pytest.raises(RopeScalingError, match="attends both ways"):
+            rope_scaling.patch(model, method)
+    assert torch.equal(logits(model), before)
+
+
+def test_deepseeks_softmax_factor_follows_the_patch_and_goes_back(tmp_path):
+    """It is computed when attention is built; a reloaded model has that of the patch, so the live one must too."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 1e4}
+    values = {"kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    values |= {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    yarn["original_max_position_embeddings"] = TRAINED_LENGTH // 2
+    model = other_family("DeepseekV3Config", rope_parameters=yarn, moe_intermediate_size=32, **values)
+    before, attention = logits(model), model.model.layers[0].self_attn
+    scaling = attention.scaling
+    rope_scaling.patch(model, "yarn", factor=4)
+    assert attention.scaling > 1.1 * scaling
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(logits(type(model).from_pretrained(tmp_path).eval()), logits(model), atol=1e-5)
+    rope_scaling.unpatch(model)
+    assert attention.scaling == scaling
+    assert torch.equal(logits(model), before)
+
+
+def test_layer_types_with_equal_frequencies_are_told_apart():
+    """A layer is scaled for what it is, not for the first slot that holds its frequencies."""
+    model = other_family("Olmo3Config", layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=48)
+    rope_scaling.patch(model, "rerope")
+    (hook,) = model.model._forward_pre_hooks.values()
+    assert [layer.scaled for layer in hook.program.layers] == [False, True, False, True]
+
+
 def test_a_model_that_shares_a_patched_models_config():
     model = strong("llama")
     other = type(model)(model.config)

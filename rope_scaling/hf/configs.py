@@ -1,0 +1,55 @@
+"""The configs that describe a model's rotary modules, and the attributes of them that a patch writes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.loud import ACTIVATION_KEY
+from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.rotary import Slot
+
+
+_ATTRIBUTES = ("rope_parameters", "max_position_embeddings", ACTIVATION_KEY, RECORD_KEY)
+
+
+def config_of(slots: list[Slot]) -> Any:
+    """The config that describes a model's rotary modules.
+
+    Raises:
+        RopeScalingError: there are several, and they differ.
+    """
+    configs = {id(slot.config): slot.config for slot in slots}
+    if len({str(getattr(config, "rope_parameters", None)) for config in configs.values()}) > 1:
+        raise RopeScalingError(
+            "This model has several decoders with different RoPE parameters "
+            f"({', '.join(sorted({slot.path for slot in slots}))}). Patch the one you want, as in "
+            "`patch(model.decoder, ...)`."
+        )
+    return next(iter(configs.values()))
+
+
+def config_state(config: Any) -> dict[str, Any]:
+    """Copies of the attributes that a patch writes; those that the config does not have are absent."""
+    return {name: copy.deepcopy(getattr(config, name)) for name in _ATTRIBUTES if hasattr(config, name)}
+
+
+def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any]) -> None:
+    """Writes the attributes into every config that describes these slots, so that whichever is saved is right."""
+    configs = {id(slot.config): slot.config for slot in slots}
+    parameters = str(config_of(slots).rope_parameters)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        text: Any = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
+        if text is not None and str(getattr(text, "rope_parameters", None)) == parameters:
+            configs[id(text)] = text
+    for config in configs.values():
+        for name in _ATTRIBUTES:
+            if name in values:
+                setattr(config, name, copy.deepcopy(values[name]))
+            elif name == RECORD_KEY and hasattr(config, name):
+                delattr(config, name)
