@@ -10,16 +10,23 @@ REAL = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct --
 REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn string lm_infinite \
 	sliding_window sliding_window:num_sinks=4 linear ntk yarn mrrope_pro rerope+log_n self_extend+log_n angle_clip+log_n \
 	dual_chunk+log_n)
+REAL_TASKS = --task perplexity --task niah_multikey:trials=2 --task context_gain \
+	$(addprefix --method ,self_extend angle_clip ntk dual_chunk rerope dynamic_yarn linear)
 REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n)
 CONSTRAINTS ?= constraints.txt
 RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test oldest lint bench real recipes smoke clean
+.PHONY: demo tasks test oldest lint bench real families recipes smoke clean
 
-demo: $(VENV)/.eval ## evaluate the embedded model: unpatched and under every method, at 1x to 8x
-	$(BIN)/rope-scaling evaluate --model demo
+demo: $(VENV)/.eval ## the embedded model, unpatched and under every method, at 1x to 8x: loss, and look-ups
+	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval --output runs/demo
+	$(BIN)/rope-scaling report runs/demo
+
+tasks: demo ## what else the table of the embedded model holds: copies, context gain, key tokens
+	$(BIN)/rope-scaling evaluate --model demo --task context_gain --task key_tokens --task copy --output runs/demo
+	$(BIN)/rope-scaling report runs/demo
 
 test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip and say so
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
@@ -42,13 +49,18 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/loss.py
 
-real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: two hours on two cores
+real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: three hours on two cores
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
 		$(REAL_METHODS) --output runs/smollm2-135m
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x --factor 2 $(REAL_TASKS) \
+		--output runs/smollm2-135m-tasks
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x --factor 4 \
 		$(REAL_METHODS_32K) --output runs/smollm2-135m-32k
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
+
+families: $(VENV)/.dev ## try every family of the installed Transformers, and write docs/families.md
+	$(BIN)/python tests/families.py
 
 recipes: $(VENV)/.dev ## fine-tune the embedded model by every demo recipe, and tabulate: 40 minutes on two cores
 	for recipe in $(RECIPES); do $(BIN)/rope-scaling finetune $$recipe --output-dir runs/recipes/$$recipe || exit 1; done
