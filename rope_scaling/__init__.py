@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from rope_scaling.hf.adapters import load_adapter, record_adapter
     from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
     from rope_scaling.hf.describe import describe
+    from rope_scaling.hf.export import config_overrides, export
     from rope_scaling.hf.loading import from_pretrained
     from rope_scaling.hf.patch import patch, patched, unpatch
     from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
@@ -66,7 +67,9 @@ from rope_scaling.version import __version__ as __version__
 # What needs Transformers is found when it is first used, so that importing the library costs no more than importing
 # torch.
 _LAZY = {
+    "config_overrides": "rope_scaling.hf.export",
     "describe": "rope_scaling.hf.describe",
+    "export": "rope_scaling.hf.export",
     "from_pretrained": "rope_scaling.hf.loading",
     "load_adapter": "rope_scaling.hf.adapters",
     "patch": "rope_scaling.hf.patch",
@@ -122,8 +125,10 @@ __all__ = [
     "Truncated",
     "WavePrune",
     "Yarn",
+    "config_overrides",
     "default_inv_freq",
     "describe",
+    "export",
     "from_pretrained",
     "load_adapter",
     "make_method",

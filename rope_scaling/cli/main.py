@@ -9,7 +9,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from rope_scaling.cli import export as exporting
 from rope_scaling.cli import plot
+from rope_scaling.cli.export import patch_as_asked
 from rope_scaling.errors import RopeScalingError
 
 
@@ -173,16 +175,29 @@ def describe(
     """Say which scaling a model has, or would have under a method."""
     from rope_scaling.hf.describe import describe as describe_model
     from rope_scaling.hf.loading import load_skeleton
-    from rope_scaling.hf.patch import patch
 
     skeleton = load_skeleton(model)
-    if method is not None:
-        spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
-        extent = {"factor": factor, "target_length": target_length}
-        patch(skeleton, *spec.methods(factor or 1.0), **{**extent, **spec.arguments})
-    elif factor is not None or target_length is not None:
-        raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
+    patch_as_asked(skeleton, method, factor, target_length)
     describe_model(skeleton, pairs=pairs)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="'demo', a folder, or a hub id.")],
+    target: Annotated[str, typer.Option(help="transformers, transformers-v4, vllm, sglang or llama.cpp.")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="New folder. Without one, the keys to override are printed as JSON.")
+    ] = None,
+    method: Annotated[
+        Optional[str], typer.Option(help="Patch with this first. [default: as the model was saved]")
+    ] = None,
+    factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
+    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    adapter: Annotated[Optional[str], typer.Option(help="A PEFT adapter, merged under the patch it records.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write a patched model for a server that does not know this library."""
+    exporting.run(model, target, out, method, factor, target_length, adapter, dtype)
 
 
 def main(arguments: list[str] | None = None) -> Any:

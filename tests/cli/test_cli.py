@@ -102,6 +102,21 @@ def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder):
     assert "yarn(factor=4, beta_fast=16)" in would.stdout and "turns in trained / target length" in would.stdout
 
 
+def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path):
+    printed = run("export", folder, "--target", "vllm", "--method", "ntk", "--factor", "4")
+    keys = json.loads(printed.stdout)
+    assert keys["max_position_embeddings"] == 256 and keys["rope_theta"] > 10000
+    done = run("export", folder, "--target", "sglang", "--method", "yarn", "--factor", "4", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "how to serve it stands in its README.md" in done.stdout
+    saved = tmp_path / "saved"
+    rope_scaling.patch(make_model("llama", vocab_size=4096), "yarn", factor=4).save_pretrained(saved)
+    again = run("export", saved, "--target", "sglang")
+    assert json.loads(again.stdout)["rope_parameters"]["factor"] == 4
+    refused = run("export", folder, "--target", "vllm", "--method", "rerope", "--out", tmp_path / "no")
+    assert refused.returncode == 2 and "'rerope' changes attention" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("out", "saved")] == []
+
+
 def test_help_names_the_commands():
     assert all(name in run("--help").stdout for name in ("evaluate", "methods", "describe"))
 

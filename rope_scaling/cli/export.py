@@ -1,0 +1,66 @@
+"""The work of `rope-scaling export`: a model, patched, as a checkpoint for a server; or the keys that one needs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rope_scaling.errors import RopeScalingError
+
+
+def patch_as_asked(model: Any, method: str | None, factor: float | None, target_length: int | None) -> None:
+    """Patches by what stands on the command line.
+
+    Raises:
+        RopeScalingError: a factor or length without a method, or as `patch`.
+    """
+    if method is not None:
+        spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
+        extent = {"factor": factor, "target_length": target_length}
+        hf_patch().patch(model, *spec.methods(factor or 1.0), **{**extent, **spec.arguments})
+    elif factor is not None or target_length is not None:
+        raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
+
+
+def hf_patch() -> Any:
+    """The module that patches."""
+    return importlib.import_module("rope_scaling.hf.patch")
+
+
+def run(
+    name: str,
+    target: str,
+    out: Path | None,
+    method: str | None,
+    factor: float | None,
+    target_length: int | None,
+    adapter: str | None,
+    dtype: str,
+) -> None:
+    """Writes the folder, or prints the keys; see the command's help for the arguments.
+
+    Raises:
+        RopeScalingError: anything that the user can mend.
+    """
+    from rope_scaling.hf.export import TARGETS, config_overrides, export
+    from rope_scaling.hf.loading import load_model, load_skeleton, load_tokenizer
+
+    if adapter is not None and (out is None or method is not None):
+        raise RopeScalingError(
+            "`--adapter` is merged into the weights, under the patch that it records: give `--out`, and no `--method`."
+        )
+    model = load_skeleton(name) if out is None else load_model(name, dtype=dtype, device="cpu")
+    if adapter is not None:
+        from rope_scaling.hf.adapters import load_adapter
+
+        model = load_adapter(adapter, model).merge_and_unload()
+    elif method is None and hf_patch().patch_record(model) is not None:
+        hf_patch().patch(model)  # as it was saved
+    patch_as_asked(model, method, factor, target_length)
+    if out is None:
+        print(json.dumps(config_overrides(model, target)))
+        return
+    folder = export(model, out, target, load_tokenizer(name))
+    print(f"{folder}: for {TARGETS[target]}; how to serve it stands in its README.md.")
