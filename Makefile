@@ -12,6 +12,8 @@ REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dy
 	dual_chunk+log_n)
 REAL_TASKS = --task perplexity --task niah_multikey:trials=2 --task context_gain \
 	$(addprefix --method ,self_extend angle_clip ntk dual_chunk rerope dynamic_yarn linear)
+REAL_TASKS_32K = --task niah_multikey:trials=1 --task perplexity --task context_gain \
+	$(addprefix --method ,self_extend angle_clip+log_n rerope+log_n dual_chunk)
 REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n)
 CONSTRAINTS ?= constraints.txt
 RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
@@ -49,13 +51,15 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/loss.py
 
-real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: three hours on two cores
+real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: four hours on two cores
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
 		$(REAL_METHODS) --output runs/smollm2-135m
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x --factor 2 $(REAL_TASKS) \
 		--output runs/smollm2-135m-tasks
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x --factor 4 \
 		$(REAL_METHODS_32K) --output runs/smollm2-135m-32k
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x,4x --factor 4 $(REAL_TASKS_32K) \
+		--output runs/smollm2-135m-32k-tasks
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
 

@@ -15,7 +15,8 @@ _TRAINED = 64
 def map_figure(name: str, arguments: dict[str, Any], trained_length: int, length: int) -> Any | None:
     """A method's map at a trained length of 64 tokens, or `None` for methods that move no distances.
 
-    Numbers of tokens among the arguments shrink with the trained length.
+    Numbers of tokens among the arguments shrink with the trained length. Numbers for every pair of the model's do not
+    suit a small one, so such a method has no map either.
 
     Args:
         name (`str`): Label of the method, as rows have it.
@@ -25,6 +26,8 @@ def map_figure(name: str, arguments: dict[str, Any], trained_length: int, length
     """
     method = name.partition(":")[0]
     if method not in METHODS or not issubclass(METHODS[method], SpanMethod):
+        return None
+    if any(isinstance(value, list) for value in arguments.values()):
         return None
     shrunk = {
         key: max(value * _TRAINED // trained_length, 1)

@@ -16,7 +16,8 @@ from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.methods import parse_method
+from rope_scaling.eval.maps import map_figure
+from rope_scaling.eval.methods import default_methods, parse_method
 from rope_scaling.eval.page import published_rows, read_run, read_runs, write_report
 from rope_scaling.eval.report import print_tables, tables
 from rope_scaling.eval.rows import read_rows
@@ -251,3 +252,10 @@ def test_tasks_and_methods_can_be_added_to_a_run(folder, tmp_path):
     assert {(row["task"], row["method"]) for row in rows} >= {("kv_retrieval", "yarn"), ("copy", "angle_clip")}
     assert len({(r["task"], r["method"], r["measure"], r["to"]) for r in rows}) == len(rows)
     assert scored[0] < scored[1] < scored[2], "what was scored is not scored again"
+
+
+def test_every_method_that_a_run_names_by_itself_has_a_map_or_none():
+    specs = {spec.label: map_figure(spec.label, spec.arguments, 256, 1024) for spec in default_methods("demo", 8.0)}
+    drawn = {label for label, figure in specs.items() if figure is not None}
+    assert {"self_extend", "angle_clip", "streaming", "dynamic_yarn"} <= drawn
+    assert not {"yarn", "dynamic_longrope"} & drawn  # no distances; numbers for every pair
