@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 SPANS = (ROOT / "docs" / "spans.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
+LINEAR = (ROOT / "docs" / "linear-attention.md").read_text()
 RECIPES = (ROOT / "recipes" / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 GUIDE = re.findall(r"```(\w+)\n(.*?)```", EVALUATION, flags=re.DOTALL)
@@ -54,6 +55,12 @@ def test_the_guide_to_spans_runs_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", load + program], capture_output=True, text=True, cwd=tmp_path, check=False
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_linear_attention_agrees_with_its_quadratic_form(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", LINEAR, flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 
