@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from rope_scaling.hf.adapters import load_adapter, record_adapter
     from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
     from rope_scaling.hf.describe import describe
+    from rope_scaling.hf.doctor import diagnose
     from rope_scaling.hf.export import config_overrides, export
     from rope_scaling.hf.loading import from_pretrained
     from rope_scaling.hf.patch import patch, patched, unpatch
@@ -69,6 +70,7 @@ from rope_scaling.version import __version__ as __version__
 _LAZY = {
     "config_overrides": "rope_scaling.hf.export",
     "describe": "rope_scaling.hf.describe",
+    "diagnose": "rope_scaling.hf.doctor",
     "export": "rope_scaling.hf.export",
     "from_pretrained": "rope_scaling.hf.loading",
     "load_adapter": "rope_scaling.hf.adapters",
@@ -128,6 +130,7 @@ __all__ = [
     "config_overrides",
     "default_inv_freq",
     "describe",
+    "diagnose",
     "export",
     "from_pretrained",
     "load_adapter",

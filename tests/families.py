@@ -182,6 +182,12 @@ def patch(model, *method, **arguments):
     return rope_scaling.patch(model, *method, **arguments)
 
 
+def settings(model):
+    """A model's config, but for what saving it writes there."""
+    values = copy.deepcopy(model.config.to_dict())
+    return {key: value for key, value in values.items() if key not in ("architectures", "dtype")}
+
+
 def check(model_type):
     """What frequency methods, distance maps and windows do on a family: `works`, or `refused: ...`, by name.
 
@@ -197,6 +203,7 @@ def check(model_type):
     except Exception as error:
         raise NotConstructibleError(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
     assert before.isfinite().all()
+    config = settings(model)
     steady = _generates(model)
     found = {}
     for name, one in (("frequencies", _frequencies), ("distances", _distances), ("windows", _windows)):
@@ -206,6 +213,7 @@ def check(model_type):
         except RopeScalingError as error:
             found[name] = "refused: " + " ".join(str(error).split())
         assert torch.equal(logits(model), before), "unpatch"
+        assert settings(model) == config, "unpatch leaves something in the config"
     return found
 
 

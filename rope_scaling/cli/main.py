@@ -200,6 +200,21 @@ def export(
     exporting.run(model, target, out, method, factor, target_length, adapter, dtype)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id; no weights needed.")],
+    target_length: Annotated[
+        Optional[int], typer.Option(help="Length that it is to read. [default: what its config states]")
+    ] = None,
+    target: Annotated[
+        Optional[list[str]], typer.Option(help="What will serve it, as in `export`; repeat for several.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what is wrong with the scaling of a checkpoint; exit with status 1 if anything is."""
+    importlib.import_module("rope_scaling.cli.doctor").run(model, target_length, target or [], as_json)
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Runs the command line; anything the user can mend ends in one line on standard error and exit status 2."""
     command = typer.main.get_command(app)

@@ -15,6 +15,8 @@ from rope_scaling.hf.rotary import Slot
 
 
 _ATTRIBUTES = ("rope_parameters", "max_position_embeddings", ACTIVATION_KEY, RECORD_KEY)
+_LEFT_BEHIND = ("original_max_position_embeddings",)
+"""What config classes add of themselves when a patched config is validated (PhiMoE)."""
 
 
 def config_of(slots: list[Slot]) -> Any:
@@ -35,11 +37,19 @@ def config_of(slots: list[Slot]) -> Any:
 
 def config_state(config: Any) -> dict[str, Any]:
     """Copies of the attributes that a patch writes; those that the config does not have are absent."""
-    return {name: copy.deepcopy(getattr(config, name)) for name in _ATTRIBUTES if hasattr(config, name)}
+    names = _ATTRIBUTES + _LEFT_BEHIND
+    return {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
 
 
-def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any]) -> None:
-    """Writes the attributes into every config that describes these slots, so that whichever is saved is right."""
+def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any], whole: bool = False) -> None:
+    """Writes the attributes into every config that describes these slots, so that whichever is saved is right.
+
+    Args:
+        model (`nn.Module`): The model.
+        slots (`list[Slot]`): Its slots.
+        values (`dict[str, Any]`): The attributes.
+        whole (`bool`): Whether they are all that `config_state` gave; the rest is taken away then.
+    """
     configs = {id(slot.config): slot.config for slot in slots}
     parameters = str(config_of(slots).rope_parameters)
     for module in model.modules():
@@ -52,4 +62,7 @@ def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any]) -> N
             if name in values:
                 setattr(config, name, copy.deepcopy(values[name]))
             elif name == RECORD_KEY and hasattr(config, name):
+                delattr(config, name)
+        for name in _LEFT_BEHIND:
+            if whole and name not in values and name in vars(config):
                 delattr(config, name)

@@ -351,7 +351,7 @@ def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
     for path in {slot.decoder for slot in slots}:
         remove(model.get_submodule(path))
     if applied is not None:
-        set_config(model, slots, applied.config_before)
+        set_config(model, slots, applied.config_before, whole=True)
         for slot in slots:
             if change := applied.patches.get((slot.path, slot.layer_type)):
                 scale_softmax(model, slot, change.pretrained.rope_parameters)

@@ -1,0 +1,109 @@
+"""`diagnose`: all the checks, on a folder, a hub id or a running model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rope_scaling.errors import RopeScalingError, check_length, unknown_name
+from rope_scaling.hf.configs import config_of
+from rope_scaling.hf.describe import Description, read_description
+from rope_scaling.hf.doctor.files import check_files
+from rope_scaling.hf.doctor.findings import NOTE, Finding, found
+from rope_scaling.hf.doctor.running import check_running
+from rope_scaling.hf.doctor.servers import check_servers
+from rope_scaling.hf.doctor.settings import check_settings
+from rope_scaling.hf.doctor.sources import Source, read_source, source_of
+from rope_scaling.hf.export import TARGETS
+from rope_scaling.hf.loading import load_skeleton
+from rope_scaling.hf.patch import patch
+from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.rotary import rotary_slots
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found."""
+
+    name: str
+    description: Description | None
+    """What is in effect; `None` where it cannot be computed, and for an adapter alone."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is nothing but notes."""
+        return all(finding.level == NOTE for finding in self.findings)
+
+    def __str__(self) -> str:
+        parts = [str(self.description or self.name), *map(str, self.findings)]
+        return "\n\n".join(parts if self.findings else [*parts, "Nothing found."])
+
+
+def diagnose(model: str | nn.Module, target_length: int | None = None, targets: str | Sequence[str] = ()) -> Diagnosis:
+    """Looks for what makes scaling wrong in silence: in the files of a checkpoint, or in a running model.
+
+    Args:
+        model (`str` or `nn.Module`): A folder, a hub id, `demo`, the folder of an adapter; its weights are not loaded.
+            Or a loaded model, patched or not.
+        target_length (`int`, *optional*): Length in tokens that it is to read; by default what its config states.
+        targets (`str` or list of `str`, *optional*): What it is to be served with, as for `export`; what others than
+            these read differently is only noted.
+
+    Returns:
+        `Diagnosis`: the scaling in effect, and the findings.
+
+    Raises:
+        RopeScalingError: there is nothing to read, or a running model has no RoPE.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    for target in targets:
+        if target not in TARGETS:
+            raise unknown_name("target", target, TARGETS)
+    if target_length is not None:
+        target_length = check_length("target_length", target_length)
+    if isinstance(model, str):
+        source = read_source(model)
+        running, slots = None, []
+    else:
+        slots = rotary_slots(model)
+        source, running = source_of(model, config_of(slots)), model
+    findings = [] if not source.text else [*check_settings(source, target_length)]
+    findings += check_files(source, target_length)
+    if running is None and source.config is not None:
+        running, problem = _skeleton(source, findings)
+        findings += problem
+    elif running is not None:
+        findings += check_running(running, slots)
+    description = None if running is None else _describe(running)
+    if description is not None:
+        findings += check_servers(source, running, targets)
+    return Diagnosis(source.name, description, tuple(findings))
+
+
+def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Finding]]:
+    """The model without weights, under the patch that it records; or what keeps it from being built."""
+    if any(finding.level == "error" for finding in findings):
+        return None, []
+    try:
+        model = load_skeleton(source.name, source.config)
+    except RopeScalingError:
+        raise
+    except Exception as error:  # a config that reads may still build no model, in any way
+        return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
+    if RECORD_KEY not in source.text:
+        return model, []
+    try:
+        return patch(model), []
+    except RopeScalingError as error:
+        return None, [found("RS203", str(error), "Patch the base model anew, or take the folder as it was saved.")]
+
+
+def _describe(model: Any) -> Description | None:
+    try:
+        return read_description(model)
+    except RopeScalingError:
+        return None

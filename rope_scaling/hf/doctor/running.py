@@ -1,0 +1,101 @@
+"""What can be wrong with a model in memory, whatever its config states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.attention import installed
+from rope_scaling.hf.doctor.findings import Finding, found
+from rope_scaling.hf.patch import applied_patch
+from rope_scaling.hf.pretrained import host_frequencies
+from rope_scaling.hf.rotary import Slot, patched_record
+
+
+_LONG = 8192
+"""Tokens from which a whole matrix of scores is worth a word."""
+
+
+def check_running(model: Any, slots: list[Slot]) -> Iterator[Finding]:
+    """Everything that a running model shows."""
+    applied = applied_patch(slots)
+    for slot in slots:
+        if not slot.inv_freq.is_meta:
+            yield from _frequencies(slot)
+    for path, program in (applied.programs if applied else {}).items():
+        if installed(model.get_submodule(path)) is not program:
+            yield found(
+                "RS405",
+                f"The patch of the attention of `{path or type(model).__name__}` was taken off by other code.",
+                "Load the model again with `rope_scaling.from_pretrained`, or patch it again.",
+            )
+    yield from _attention(slots[0].config, bool(applied and applied.programs))
+
+
+def _frequencies(slot: Slot) -> Iterator[Finding]:
+    frequencies = slot.inv_freq.detach().float().cpu()
+    if not torch.isfinite(frequencies).all() or bool((frequencies.abs() > 1e6).any()) or not frequencies.any():
+        yield found(
+            "RS402",
+            f"The frequencies in `{slot.path}` are no numbers to turn by: {frequencies[:3].tolist()}... Something "
+            "built the model without filling its buffers.",
+            "Load it with `from_pretrained`, which fills them in.",
+        )
+        return
+    if slot.inv_freq.dtype != torch.float32:
+        yield found(
+            "RS403",
+            f"The frequencies in `{slot.path}` were rounded to {slot.inv_freq.dtype}, so angles at long distances are "
+            "off by whole turns.",
+            "Load with `dtype=...` in the place of `.to(...)` or `.half()`; `patch` brings them back in float32.",
+        )
+        return
+    wanted = _wanted(slot)
+    if wanted is not None and not (
+        wanted.shape == frequencies.shape and torch.allclose(frequencies, wanted, rtol=1e-5, atol=1e-12)
+    ):
+        kind = slot.part_of(slot.config.rope_parameters)["rope_type"]
+        yield found(
+            "RS401",
+            f"`{slot.path}` turns by other frequencies than the config states ({kind!r}). Transformers computes them "
+            "when it builds a model; a config that is edited later changes nothing.",
+            "Load the model again and patch it: `rope_scaling.patch(model, ...)` changes both and verifies it.",
+        )
+
+
+def _wanted(slot: Slot) -> Any:
+    record = patched_record(slot)
+    if record is not None:
+        change = record.patches.get((slot.path, slot.layer_type))
+        return None if change is None else change.extension.inv_freq
+    try:
+        return host_frequencies(slot, slot.config)[0]
+    except (RopeScalingError, KeyError, TypeError, ValueError):
+        return None  # the settings themselves cannot be computed, which is found elsewhere
+
+
+def _attention(config: Any, ours: bool) -> Iterator[Finding]:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = getattr(config, "_attn_implementation", None)
+    registered = name in AttentionInterface._global_mapping
+    if registered and name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        yield found(
+            "RS404",
+            f"The attention function {name!r} is registered without a mask function of the same name, so Transformers "
+            "makes no mask: padding is attended to.",
+            f"Register one: `AttentionMaskInterface.register({name!r}, sdpa_mask)`, or what fits the function.",
+        )
+    length = getattr(config, "max_position_embeddings", None)
+    if name == "eager" and not ours and isinstance(length, int) and length >= _LONG:
+        heads = getattr(config, "num_attention_heads", 1)
+        gigabytes = heads * length**2 * 4 / 2**30
+        yield found(
+            "RS406",
+            f"Eager attention keeps every score: {gigabytes:,.0f} GB a layer for a text of {length} tokens, float32.",
+            "`model.set_attn_implementation('sdpa')`, or flash attention.",
+        )

@@ -1,0 +1,127 @@
+"""What there is to look at: the files of a folder or hub id as they are written, or the config of a running model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.loading import load_config, model_source
+from rope_scaling.hf.loud import is_loud, unwarned
+from rope_scaling.hf.pretrained import RECORD_KEY
+
+
+_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "max_position_embeddings")
+_LARGEST = 16 * 2**20
+"""Bytes; the largest config of a real model has well under one megabyte."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, as its files state it, and as Transformers reads it."""
+
+    name: str
+    text: dict[str, Any]
+    """The part of `config.json` that describes the language model, as written."""
+    config: Any
+    """What Transformers makes of it; `None` if it refuses."""
+    refusal: str = ""
+    """Why it refuses."""
+    guarded: bool = False
+    """Whether it was saved so that plain Transformers refuses it; these are the settings before the patch then."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other files by name, those that are there."""
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The RoPE settings that Transformers looks at: `rope_scaling` goes before `rope_parameters`."""
+        return _mapping(self.text.get("rope_scaling")) or _mapping(self.text.get("rope_parameters"))
+
+    @property
+    def length(self) -> Any:
+        """`max_position_embeddings`, as written."""
+        return self.text.get("max_position_embeddings")
+
+    def parts(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        """By layer type (`""` where all rotate alike): the settings as written, and as Transformers reads them."""
+        read = _mapping(getattr(self.config, "rope_parameters", None))
+        labels = self.config.nested_rope_parameter_keys(read) if read else []
+        if not labels:
+            return {"": (self.stated, read or self.stated)}
+        written = self.stated
+        nested = {label: _mapping(written.get(label)) for label in labels}
+        return {label: (nested[label], _mapping(read[label])) for label in labels if read[label] is not None}
+
+
+def read_source(name: str) -> Source:
+    """Reads the files of a folder or a hub id.
+
+    Raises:
+        RopeScalingError: there is nothing there, or a file is no JSON or far too large.
+    """
+    place = model_source(name) if not _is_adapter(name) else name
+    names = ("adapter_config.json", "tokenizer_config.json", "generation_config.json")
+    files = {one: content for one in names if (content := _read_json(place, one)) is not None}
+    raw = _read_json(place, "config.json")
+    if raw is None and "adapter_config.json" not in files:
+        raise RopeScalingError(f"{name!r} has neither a `config.json` nor an `adapter_config.json`.")
+    if raw is None:
+        return Source(name, {}, None, files=files)
+    try:
+        with unwarned():
+            config = load_config(name, trust_remote_code=False).get_text_config()
+    except (RopeScalingError, RecursionError) as error:
+        return Source(name, _section(raw), None, str(error), files=files)
+    return _source(name, _section(raw), config, files)
+
+
+def source_of(model: Any, config: Any) -> Source:
+    """The source of a running model: its config, as `save_pretrained` would write it."""
+    return _source(type(model).__name__, config.to_dict(), config, {})
+
+
+def _source(name: str, text: dict[str, Any], config: Any, files: dict[str, dict[str, Any]]) -> Source:
+    record = _mapping(text.get(RECORD_KEY))
+    guarded = is_loud(config) and bool(record)
+    if guarded:
+        before = _mapping(record.get("pretrained"))
+        text, config = {**text, **before}, type(config).from_dict({**config.to_dict(), **before})
+    return Source(name, text, config, guarded=guarded, files=files)
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _section(raw: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that has the RoPE settings: itself, or that of the language model inside it."""
+    if any(key in raw for key in _ROPE_KEYS):
+        return raw
+    inner = [value for value in raw.values() if isinstance(value, dict)]
+    return next((one for one in inner if any(key in one for key in _ROPE_KEYS)), raw)
+
+
+def _read_json(place: str, name: str) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise RopeScalingError(f"Cannot read {name!r} of {place!r}: {str(error).splitlines()[0]}") from error
+    if path is None:
+        return None
+    if Path(path).stat().st_size > _LARGEST:
+        raise RopeScalingError(f"{name!r} of {place!r} is larger than {_LARGEST // 2**20} MB: this is no config.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RopeScalingError(f"{name!r} of {place!r} is no JSON that can be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise RopeScalingError(f"{name!r} of {place!r} must hold a mapping; it holds {type(content).__name__}.")
+    return content
