@@ -139,6 +139,8 @@ def make(model_type):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue  # a table of sines and cosines
             if parameter.dim() >= 2:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
             elif parameter.numel() > 1 and not parameter.any():
@@ -265,6 +267,8 @@ def _windows(model, before, steady):
         assert _generates(model) or not steady, "the cache changes the answer"
         decoder = next(m for m in model.modules() if getattr(m, "_forward_pre_hooks", None))
         program = next(hook.program for hook in decoder._forward_pre_hooks.values() if hasattr(hook, "program"))
+        if model.config.model_type in ENCODERS:
+            return _both_sides(model, after)
         layers = getattr(model.config, "num_hidden_layers", 2)
         if not (program.silent or _recurs(model)):
             ids = tokens()
@@ -275,6 +279,18 @@ def _windows(model, before, steady):
             assert not alike(logits(model, ids)[10 : 10 + WINDOW], after[10 : 10 + WINDOW])
     finally:
         rope_scaling.unpatch(model)
+
+
+def _both_sides(model, after):
+    """A token in the middle changes those that windows reach, before and after it, and no others."""
+    ids, middle = tokens(), LENGTH // 2
+    ids[0, middle] = (ids[0, middle] + 1) % 60
+    changed, reach = logits(model, ids), model.config.num_hidden_layers * (WINDOW - 1)
+    assert reach < middle - 1
+    for beyond in (slice(0, middle - reach), slice(middle + reach + 1, None)):
+        assert alike(changed[beyond], after[beyond]), "a token beyond every window is seen"
+    for within in (slice(middle - WINDOW + 1, middle), slice(middle + 1, middle + WINDOW)):
+        assert not alike(changed[within], after[within]), "the window looks one way only"
 
 
 def _recurs(model):
@@ -336,6 +352,7 @@ over everything would (if it does without a patch), and that `unpatch` brings th
 
 def main():
     """Writes the table."""
+    torch.set_num_threads(1)  # or sums of experts may differ in the last bit
     lines = {}
     for model_type in families():
         lines[model_type] = line(model_type)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,7 @@ from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.rows import Document, KeyStore, read_documents, segment
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.both_ways import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
 from rope_scaling.hf.program import SpanProgram
 
@@ -108,6 +110,8 @@ class UnheardError(RopeScalingError):
 
 class DecoderHook:
     """A forward pre-hook on the decoder: reads the call, refuses what the engine cannot do, and passes it on."""
+
+    program: Any
 
     def __init__(self, program: SpanProgram, before: str):
         self.program, self.before = program, before
@@ -223,7 +227,7 @@ def span_attention(
             "this one its own with `model.set_attn_implementation('sdpa')`."
         )
     if not getattr(module, "is_causal", True):
-        raise both_ways(type(module).__name__)
+        _note_both_ways(type(module).__name__)
     for name in ("position_bias", "cache", "block_table", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
             raise RopeScalingError(
@@ -231,7 +235,8 @@ def span_attention(
                 "support. Frequency methods work with it."
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: Any = module.layer_idx
+    noted = NOTED.get()
+    layer: Any = getattr(module, "layer_idx", None) if noted and noted.both_ways else module.layer_idx
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # As stock attention does; the model may hand over queries in float32 and values in bfloat16.
@@ -241,16 +246,18 @@ def span_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def both_ways(name: str) -> RopeScalingError:
-    """The error for attention that is not causal."""
-    return RopeScalingError(
-        f"{name} attends both ways, and spans and temperatures hold for causal attention only. Frequency methods work "
-        "on it."
-    )
+@dataclass
+class Noted:
+    """What is noted of a model while it is looked at."""
+
+    windows: set[int] = field(default_factory=set)
+    """Tokens of the windows and chunks that it asks masks for."""
+    both_ways: bool = False
+    """Whether its attention is not causal."""
 
 
-WINDOWS: ContextVar[set[int] | None] = ContextVar("windows", default=None)
-"""Where windows and chunks are noted that a model asks masks for, while it is looked at."""
+NOTED: ContextVar[Noted | None] = ContextVar("noted", default=None)
+"""Set while a model is looked at."""
 
 
 def no_mask(
@@ -264,31 +271,54 @@ def no_mask(
     """The mask function of a patched model: the caller's mask as it is, since the hook reads it and spans do the rest.
 
     Raises:
-        RopeScalingError: the model adds a pattern of its own, such as images that attend both ways, or is not causal.
+        RopeScalingError: the model adds a pattern of its own, such as images that attend both ways.
     """
     if use_vmap:
         raise RopeScalingError(
             "This model overlays its causal mask with a pattern of its own, which spans cannot express. Frequency "
             "methods work on it."
         )
-    seen = WINDOWS.get()
-    if seen is not None:
+    noted = NOTED.get()
+    if noted is not None:
         if local_size:
-            seen.add(local_size)
+            noted.windows.add(local_size)
         row, query, key = (torch.tensor(index) for index in (0, 0, 1))
         if mask_function is not None and bool(mask_function(row, row, query, key)):
-            raise both_ways("This model")
+            noted.both_ways = True
     return attention_mask
+
+
+def _note_both_ways(name: str) -> None:
+    noted = NOTED.get()
+    if noted is None:
+        raise both_ways(name)
+    noted.both_ways = True
 
 
 AttentionInterface.register(NAME, span_attention)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-def install(decoder: Any, program: SpanProgram) -> None:
-    """Puts the engine into a decoder."""
-    decoder.register_forward_pre_hook(DecoderHook(program, decoder.config._attn_implementation), with_kwargs=True)
-    decoder.set_attn_implementation(NAME)
+class WindowHook(DecoderHook):
+    """Marks an encoder whose window is in its masks; the call itself is left alone."""
+
+    def __init__(self, program: WindowProgram, before: str):
+        self.program, self.before = program, before
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.program.register()
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs
+
+
+def install(decoder: Any, program: SpanProgram | WindowProgram) -> None:
+    """Puts the engine into a decoder, or a window into an encoder."""
+    before = decoder.config._attn_implementation
+    hook = DecoderHook(program, before) if isinstance(program, SpanProgram) else WindowHook(program, before)
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    decoder.set_attn_implementation(NAME if isinstance(program, SpanProgram) else program.register())
 
 
 def remove(decoder: Any) -> None:
@@ -300,6 +330,6 @@ def remove(decoder: Any) -> None:
             decoder.set_attn_implementation(hook.before)
 
 
-def installed(decoder: Any) -> SpanProgram | None:
+def installed(decoder: Any) -> Any:
     """The program in a decoder, if there is one."""
     return next((h.program for h in decoder._forward_pre_hooks.values() if isinstance(h, DecoderHook)), None)

@@ -12,6 +12,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.loud import ACTIVATION_KEY
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.rotary import Slot
+from rope_scaling.hf.tables import rope_parameters_of
 
 
 _ATTRIBUTES = ("rope_parameters", "max_position_embeddings", ACTIVATION_KEY, RECORD_KEY)
@@ -26,7 +27,7 @@ def config_of(slots: list[Slot]) -> Any:
         RopeScalingError: there are several, and they differ.
     """
     configs = {id(slot.config): slot.config for slot in slots}
-    if len({str(getattr(config, "rope_parameters", None)) for config in configs.values()}) > 1:
+    if len({str(rope_parameters_of(config)) for config in configs.values()}) > 1:
         raise RopeScalingError(
             "This model has several decoders with different RoPE parameters "
             f"({', '.join(sorted({slot.path for slot in slots}))}). Patch the one you want, as in "
@@ -51,11 +52,11 @@ def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any], whol
         whole (`bool`): Whether they are all that `config_state` gave; the rest is taken away then.
     """
     configs = {id(slot.config): slot.config for slot in slots}
-    parameters = str(config_of(slots).rope_parameters)
+    parameters = str(rope_parameters_of(config_of(slots)))
     for module in model.modules():
         config = getattr(module, "config", None)
         text: Any = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
-        if text is not None and str(getattr(text, "rope_parameters", None)) == parameters:
+        if text is not None and str(rope_parameters_of(text)) == parameters:
             configs[id(text)] = text
     for config in configs.values():
         for name in _ATTRIBUTES:
@@ -63,6 +64,5 @@ def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any], whol
                 setattr(config, name, copy.deepcopy(values[name]))
             elif name == RECORD_KEY and hasattr(config, name):
                 delattr(config, name)
-        for name in _LEFT_BEHIND:
-            if whole and name not in values and name in vars(config):
-                delattr(config, name)
+        for name in config_state(config).keys() - values.keys() if whole else ():
+            delattr(config, name)

@@ -11,6 +11,7 @@ from torch import nn
 from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
+from rope_scaling.hf.both_ways import WindowProgram, window_program
 from rope_scaling.hf.extend import closed_form
 from rope_scaling.hf.pretrained import Pretrained, factor_of, layer_configs, windows_of
 from rope_scaling.hf.probe import look_at
@@ -38,7 +39,7 @@ class _Scaled:
 
 def make_programs(
     model: nn.Module, slots: list[Slot], patches: dict[tuple[str, str | None], Any], wanted: Resolved
-) -> dict[str, SpanProgram]:
+) -> dict[str, SpanProgram | WindowProgram]:
     """A program for every decoder of a model, by its path.
 
     Raises:
@@ -60,6 +61,9 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     chunks = [getattr(one, "attention_chunk_size", None) for one in layer_configs(config)]
     stated = {size for size in windows + chunks if size}
     look = look_at(decoder, [slot.inv_freq for slot in slots], stated, silent)
+    if look.noted.both_ways:
+        reach = next(iter(patches.values())).pretrained.reach
+        return window_program(decoder, wanted.spans, wanted.temperature, reach)
     if odd := sorted({types[index] for index in silent if index in look.heard}):
         raise RopeScalingError(
             f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot express. "
@@ -72,8 +76,8 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
         index = _own_slot(slots, index, kind)
         scaled = (slots[index].path, slots[index].layer_type) in patches
         # A config without layer types and with a window has it in every layer, or states one that is never used.
-        its_window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in look.windows else None
-        its_chunk = chunks[place] if kind in _CHUNKED and chunks[place] in look.windows else None
+        its_window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in look.noted.windows else None
+        its_chunk = chunks[place] if kind in _CHUNKED and chunks[place] in look.noted.windows else None
         layers.append(
             Layer(ropes[index] if found else None, layout, scaled, its_window, its_chunk, place not in silent)
         )

@@ -13,6 +13,7 @@ from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.patch import Applied, Patch, applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, changed_fields, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
+from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.methods import Method
 
 
@@ -163,7 +164,7 @@ def _describe_unpatched(slot: Slot) -> SlotDescription:
     if saved_patched:
         names = " + ".join(record["name"] for record in config.rope_scaling_patch["methods"])
         arrived = f"saved with {names}; `patch(model)` makes it live"
-    current = slot.part_of(config.rope_parameters)
+    current = slot.part_of(rope_parameters_of(config))
     return SlotDescription(
         module=slot.path,
         layer_type=slot.layer_type,

@@ -18,6 +18,7 @@ from rope_scaling.hf.extend import matches
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
+from rope_scaling.hf.tables import rope_parameters_of
 
 
 TARGETS = {
@@ -74,7 +75,7 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
             f"exported: {_NEAREST.get(name, 'yarn')!r} at the target length."
         )
     config = config_of(slots)
-    parameters, length = config.rope_parameters, config.max_position_embeddings
+    parameters, length = rope_parameters_of(config), config.max_position_embeddings
     if target == "transformers":
         return _plain({"rope_parameters": parameters, "max_position_embeddings": length})
     if any(slot.layer_type for slot in slots):

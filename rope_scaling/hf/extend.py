@@ -14,6 +14,7 @@ from rope_scaling.frequencies.resonance import Resonance, whole_wavelengths
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.pretrained import Pretrained, changed_fields, config_with, factor_of, host_frequencies
 from rope_scaling.hf.rotary import Slot
+from rope_scaling.hf.tables import rope_parameters_of
 
 
 _TOLERANCE = 2e-6
@@ -80,7 +81,7 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
     for candidate in (native or fallback, fallback, with_mscales):
         parameters = {**kept, "rope_theta": geometry.rope_theta, **candidate}
         try:
-            whole = slot.with_part(slot.config.rope_parameters, parameters)
+            whole = slot.with_part(rope_parameters_of(slot.config), parameters)
             config = config_with(slot, whole, length)
             found, found_factor = host_frequencies(slot, config)
         except Exception as error:

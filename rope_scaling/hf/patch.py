@@ -16,6 +16,7 @@ from rope_scaling.errors import RopeScalingError, check_length
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.attention import install, installed, remove
+from rope_scaling.hf.both_ways import WindowProgram
 from rope_scaling.hf.configs import config_of, config_state, set_config
 from rope_scaling.hf.decoders import make_programs
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
@@ -33,6 +34,7 @@ from rope_scaling.hf.record import check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
 from rope_scaling.hf.softmax import scale_softmax
+from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.methods import Method
 
 
@@ -56,7 +58,7 @@ class Applied:
     """Attributes of the config before the patch; those it did not have are absent."""
     methods: tuple[Method, ...] = ()
     """All of it, the frequency method first."""
-    programs: dict[str, SpanProgram] = field(default_factory=dict)
+    programs: dict[str, SpanProgram | WindowProgram] = field(default_factory=dict)
     """What attention does other than the model's, by path of the decoder."""
 
 
@@ -273,7 +275,7 @@ def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original
 def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[str, Any]) -> None:
     for slot in slots:
         if change := applied.patches.get((slot.path, slot.layer_type)):
-            slot.set(change.extension.inv_freq, change.extension.attention_factor)
+            slot.set(change.extension.inv_freq, change.extension.attention_factor, change.target_length)
             scale_softmax(model, slot, change.extension.rope_parameters)
             set_record(slot, applied)
     set_config(model, slots, config)
@@ -290,12 +292,7 @@ def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[
 
 
 def _verify(slot: Slot, change: Patch) -> None:
-    found, wanted = slot.inv_freq.cpu(), change.extension.inv_freq
-    if (
-        found.dtype != torch.float32
-        or not torch.equal(found, wanted)
-        or slot.attention_factor != change.extension.attention_factor
-    ):
+    if not slot.holds(change.extension.inv_freq, change.extension.attention_factor):
         raise RopeScalingError(
             f"The patch did not take effect on `{slot.path}` ({type(slot.module).__name__}): its frequencies, read "
             "back, are not those of the method. The model was left as it was; please report the model class."
@@ -362,5 +359,5 @@ def _load(model: nn.Module, slots: list[Slot], settings: dict[str, Any]) -> None
     set_config(model, slots, settings)
     for slot in slots:
         inv_freq, attention_factor = host_frequencies(slot, slot.config)
-        slot.load(inv_freq, attention_factor, slot.config.rope_parameters)
-        scale_softmax(model, slot, slot.part_of(slot.config.rope_parameters))
+        slot.load(inv_freq, attention_factor, rope_parameters_of(slot.config))
+        scale_softmax(model, slot, slot.part_of(rope_parameters_of(slot.config)))

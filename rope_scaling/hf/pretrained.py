@@ -12,6 +12,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
 from rope_scaling.hf.rotary import Slot
+from rope_scaling.hf.tables import TableSlot, rope_parameters_of
 from rope_scaling.methods import Method, method_class
 
 
@@ -63,7 +64,7 @@ def pretrained_settings(config: Any) -> dict[str, Any]:
         return copy.deepcopy(record["pretrained"])
     return {
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-        "rope_parameters": copy.deepcopy(getattr(config, "rope_parameters", None)),
+        "rope_parameters": copy.deepcopy(rope_parameters_of(config)),
     }
 
 
@@ -139,7 +140,7 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope_type = slot.part_of(config.rope_parameters)["rope_type"]
+    rope_type = slot.part_of(rope_parameters_of(config))["rope_type"]
     compute = ROPE_INIT_FUNCTIONS.get(rope_type) or default_function(slot)
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
     varying = {"seq_len": length} if length and rope_type == "longrope" else {}
@@ -154,6 +155,8 @@ def default_function(slot: Slot) -> Any:
     Raises:
         RopeScalingError: the class has none, so its frequencies cannot be computed from a config.
     """
+    if isinstance(slot, TableSlot):
+        return slot.default_frequencies
     name = "compute_default_rope_parameters"
     found = [vars(cls)[name] for cls in type(slot.module).__mro__ if name in vars(cls)]
     if not found:

@@ -17,7 +17,7 @@ import torch
 
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import CALL, NAME, WINDOWS, UnheardError
+from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
 
 
 _POSITIONS = (1, 5, 11)
@@ -29,7 +29,10 @@ class _Probe:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    def attend(
+        self, layer: int | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+    ) -> torch.Tensor:
+        layer = len(self.seen) if layer is None else layer  # attention of encoders may not know its place
         self.seen[layer] = query.detach().double().cpu(), key.detach().double().cpu()
         return query.new_zeros(*query.shape[:3], value.shape[-1])
 
@@ -43,8 +46,7 @@ class Look:
     not turn."""
     heard: set[int]
     """Layers whose attention was called."""
-    windows: set[int]
-    """Tokens of the windows and chunks that masks were asked for."""
+    noted: Noted
 
 
 def look_at(decoder: Any, inv_freqs: list[torch.Tensor], windows: set[int], silent: Collection[int] = ()) -> Look:
@@ -63,17 +65,19 @@ def look_at(decoder: Any, inv_freqs: list[torch.Tensor], windows: set[int], sile
     count = decoder.config.num_hidden_layers
     if first is None or first.is_meta:
         # A skeleton cannot run; it is only described.
-        return Look([(0, RotaryLayout(2 * len(inv_freqs[0])))] * count, set(range(count)) - set(silent), windows)
+        return Look(
+            [(0, RotaryLayout(2 * len(inv_freqs[0])))] * count, set(range(count)) - set(silent), Noted(windows)
+        )
     before = decoder.config._attn_implementation
     training = [module for module in decoder.modules() if module.training]
     decoder.eval()
-    seen: set[int] = set()
-    noting = WINDOWS.set(seen)
+    noted = Noted()
+    noting = NOTED.set(noted)
     try:
         decoder.set_attn_implementation(NAME)
         still, moved = (_run(decoder, positions, first) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
     finally:
-        WINDOWS.reset(noting)
+        NOTED.reset(noting)
         decoder.set_attn_implementation(before)
         for module in training:
             module.training = True
@@ -89,7 +93,7 @@ def look_at(decoder: Any, inv_freqs: list[torch.Tensor], windows: set[int], sile
         else None
         for index in range(count)
     ]
-    return Look(layouts, set(still), seen)
+    return Look(layouts, set(still), noted)
 
 
 @torch.no_grad()

@@ -69,22 +69,27 @@ class Slot:
     def _attention_name(self) -> str:
         return f"{self.layer_type}_attention_scaling" if self.layer_type else "attention_scaling"
 
-    def set(self, inv_freq: torch.Tensor, attention_factor: float) -> None:
-        """Puts frequencies into the module, remembering what it held before."""
+    def set(self, inv_freq: torch.Tensor, attention_factor: float, length: int) -> None:
+        """Puts frequencies for texts of `length` tokens into the module, remembering what it held before."""
         state = _state(self.module)
         for name in self.buffer_names:
             if name not in self.module._buffers:
                 continue
             state.saved_buffers.setdefault(name, self.module._buffers[name])
             state.pinned[name] = inv_freq.detach().to("cpu", torch.float32)
-        state.saved_attributes.setdefault(self._attention_name, getattr(self.module, self._attention_name))
-        state.saved_attributes.setdefault("rope_type", self.module.rope_type)
+        remember(self.module, self._attention_name, "rope_type")
         setattr(self.module, self._attention_name, attention_factor)
         if callable(getattr(self.module, "rope_init_fn", None)):  # some compute their frequencies anew in every call
-            state.saved_attributes.setdefault("rope_init_fn", self.module.rope_init_fn)
+            remember(self.module, "rope_init_fn")
             self.module.rope_init_fn = self.module.compute_default_rope_parameters
         self.module.rope_type = self.with_part(self.module.rope_type, "default")
         _restore_pinned(self.module)
+
+    def holds(self, inv_freq: torch.Tensor, attention_factor: float) -> bool:
+        """Whether the module, read back, holds exactly these."""
+        found = self.inv_freq.cpu()
+        same = found.dtype == torch.float32 and torch.equal(found, inv_freq)
+        return same and self.attention_factor == attention_factor
 
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
         """Gives an unpatched module frequencies as Transformers would when it builds it from `rope_parameters`."""
@@ -118,7 +123,9 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
             f"`model` must be a loaded model, such as `AutoModelForCausalLM.from_pretrained(...)` returns; "
             f"got {type(model).__name__}."
         )
-    slots = []
+    from rope_scaling.hf.tables import table_slots
+
+    slots = table_slots(model)
     for path, module in model.named_modules():
         name = type(module).__name__
         if "RotaryEmbedding" in name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
@@ -154,6 +161,13 @@ def patched_record(slot: Slot) -> Any:
     return state.record if state else None
 
 
+def remember(module: Any, *names: str) -> None:
+    """Keeps attributes of a module as they are before the first change, for `restore`."""
+    saved = _state(module).saved_attributes
+    for name in names:
+        saved.setdefault(name, getattr(module, name))
+
+
 def set_record(slot: Slot, record: Any) -> None:
     """Leaves `record` in a patched module, for `patched_record` to find."""
     _state(slot.module).record = record
@@ -168,7 +182,8 @@ def restore(module: Any) -> None:
     for name, value in state.saved_buffers.items():
         module._buffers[name] = value.to(module._buffers[name].device)
     for name, value in state.saved_attributes.items():
-        setattr(module, name, value)
+        moved = isinstance(value, nn.Parameter) and value.device != getattr(module, name).device
+        setattr(module, name, nn.Parameter(value.to(getattr(module, name).device), False) if moved else value)
 
 
 class _Pinned:

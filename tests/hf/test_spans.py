@@ -407,7 +407,7 @@ def test_attention_that_goes_both_ways_is_refused_not_made_causal():
     changed[0, -1] += 1
     before = logits(model)
     assert not torch.equal(logits(model, changed)[:, 0], before[:, 0])
-    for method in ("self_extend", "sliding_window", "log_n"):
+    for method in ("self_extend", "streaming", "log_n"):
         with pytest.raises(RopeScalingError, match="attends both ways"):
             rope_scaling.patch(model, method)
     assert torch.equal(logits(model), before)

@@ -13,6 +13,7 @@ from rope_scaling.hf.doctor.findings import Finding, found
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import host_frequencies
 from rope_scaling.hf.rotary import Slot, patched_record
+from rope_scaling.hf.tables import rope_parameters_of
 
 
 _LONG = 8192
@@ -57,7 +58,7 @@ def _frequencies(slot: Slot) -> Iterator[Finding]:
     if wanted is not None and not (
         wanted.shape == frequencies.shape and torch.allclose(frequencies, wanted, rtol=1e-5, atol=1e-12)
     ):
-        kind = slot.part_of(slot.config.rope_parameters)["rope_type"]
+        kind = slot.part_of(rope_parameters_of(slot.config))["rope_type"]
         yield found(
             "RS401",
             f"`{slot.path}` turns by other frequencies than the config states ({kind!r}). Transformers computes them "
