@@ -273,7 +273,7 @@ def test_other_rope_parameters_stay():
 
 def test_a_module_that_does_not_take_the_change_is_reported_and_left(llama, monkeypatch):
     before = state(llama)
-    monkeypatch.setattr(Slot, "set", lambda self, inv_freq, attention_factor: None)
+    monkeypatch.setattr(Slot, "set", lambda self, inv_freq, attention_factor, length: None)
     with pytest.raises(RopeScalingError, match="did not take effect on `model.rotary_emb`"):
         rope_scaling.patch(llama, "yarn", factor=4)
     monkeypatch.undo()
