@@ -38,6 +38,7 @@ def run(
     target_length: int | None,
     adapter: str | None,
     dtype: str,
+    gguf: Path | None,
 ) -> None:
     """Writes the folder, or prints the keys; see the command's help for the arguments.
 
@@ -51,7 +52,12 @@ def run(
         raise RopeScalingError(
             "`--adapter` is merged into the weights, under the patch that it records: give `--out`, and no `--method`."
         )
-    model = load_skeleton(name) if out is None else load_model(name, dtype=dtype, device="cpu")
+    if gguf is not None and (target != "llama.cpp" or out is None or adapter is not None):
+        raise RopeScalingError(
+            "`--gguf` goes with `--target llama.cpp` and a new file as `--out`, without `--adapter`."
+        )
+    skeleton = out is None or gguf is not None
+    model: Any = load_skeleton(name) if skeleton else load_model(name, dtype=dtype, device="cpu")
     if adapter is not None:
         from rope_scaling.hf.adapters import load_adapter
 
@@ -61,6 +67,12 @@ def run(
     patch_as_asked(model, method, factor, target_length)
     if out is None:
         print(json.dumps(config_overrides(model, target)))
+        return
+    if gguf is not None:
+        from rope_scaling.hf.gguf_file import rewrite_gguf
+
+        file = rewrite_gguf(model, gguf, out)
+        print(f"{file}: llama-server -m {file} -c {model.config.max_position_embeddings}")
         return
     folder = export(model, out, target, load_tokenizer(name))
     print(f"{folder}: for {TARGETS[target]}; how to serve it stands in its README.md.")

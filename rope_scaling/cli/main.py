@@ -193,11 +193,14 @@ def export(
     ] = None,
     factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    gguf: Annotated[
+        Optional[Path], typer.Option(help="A GGUF file of the model: `--out` is a copy of it with the scaling inside.")
+    ] = None,
     adapter: Annotated[Optional[str], typer.Option(help="A PEFT adapter, merged under the patch it records.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write a patched model for a server that does not know this library."""
-    exporting.run(model, target, out, method, factor, target_length, adapter, dtype)
+    exporting.run(model, target, out, method, factor, target_length, adapter, dtype, gguf)
 
 
 @app.command()

@@ -66,23 +66,12 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     """
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
+    check_exportable(model, target)
     slots = rotary_slots(model)
-    applied = applied_patch(slots)
-    if applied is not None and applied.programs:
-        name = next(method.name for method in applied.methods if method.name)
-        raise RopeScalingError(
-            f"{name!r} changes attention, and {TARGETS[target]} knows frequencies only. The nearest that can be "
-            f"exported: {_NEAREST.get(name, 'yarn')!r} at the target length."
-        )
     config = config_of(slots)
     parameters, length = rope_parameters_of(config), config.max_position_embeddings
     if target == "transformers":
         return _plain({"rope_parameters": parameters, "max_position_embeddings": length})
-    if any(slot.layer_type for slot in slots):
-        raise RopeScalingError(
-            f"The layer types of this model rotate differently, which {TARGETS[target]} reads from no two configs "
-            "alike. Export it to 'transformers', and serve it with vLLM's Transformers backend."
-        )
     parameters = _portable(slots[0], parameters, target)
     flat = {key: value for key, value in parameters.items() if key != "rope_theta"}
     overrides = {
@@ -97,6 +86,31 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
         # Older readers, and servers, look for the first trained length beside the dict.
         overrides["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
     return _plain(overrides)
+
+
+def check_exportable(model: nn.Module, target: str) -> None:
+    """Raises `RopeScalingError` for what no config tells a target."""
+    slots = rotary_slots(model)
+    applied = applied_patch(slots)
+    if applied is not None and applied.programs:
+        name = next(method.name for method in applied.methods if method.name)
+        raise RopeScalingError(
+            f"{name!r} changes attention, and {TARGETS[target]} knows frequencies only. The nearest that can be "
+            f"exported: {_NEAREST.get(name, 'yarn')!r} at the target length."
+        )
+    if target != "transformers" and any(slot.layer_type for slot in slots):
+        raise RopeScalingError(
+            f"The layer types of this model rotate differently, which {TARGETS[target]} reads from no two configs "
+            "alike. Export it to 'transformers', and serve it with vLLM's Transformers backend."
+        )
+
+
+def stated_as_it_is(parameters: dict[str, Any], target: str) -> bool:
+    """Whether a target computes from RoPE parameters what Transformers computes."""
+    kind = parameters["rope_type"]
+    return kind in _AS_THEY_ARE[target] and not (
+        kind == "yarn" and target != "transformers-v4" and _unusual(parameters)
+    )
 
 
 def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -> Path:
@@ -146,14 +160,15 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
 def _portable(slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
     """RoPE parameters that the target computes the live frequencies from."""
     kind = parameters["rope_type"]
-    if kind in _AS_THEY_ARE[target] and not (kind == "yarn" and target != "transformers-v4" and _unusual(parameters)):
+    if stated_as_it_is(parameters, target):
         return dict(parameters)
     if kind.startswith("dynamic"):
         raise RopeScalingError(f"{kind!r} depends on the length of the call, differently in every server.")
     if target == "llama.cpp":
         raise RopeScalingError(
             f"{TARGETS[target]} knows linear, yarn with its own temperature, llama3, and another base; this patch is "
-            "saved with a factor for every pair. The nearest that can be exported: 'yarn', or 'ntk'."
+            "saved with a factor for every pair, which a GGUF file can hold and this folder cannot: give a GGUF file "
+            "of the model (`--gguf`), or export the nearest, 'yarn' or 'ntk'."
         )
     pretrained = read_pretrained(slot, pretrained_settings(slot.config))
     inv_freq: Any = slot.inv_freq
