@@ -20,7 +20,7 @@ RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo tasks test oldest lint bench real llama-cpp families recipes smoke clean
+.PHONY: demo tasks test oldest lint bench real ecosystem llama-cpp families recipes smoke clean
 
 demo: $(VENV)/.eval ## the embedded model, unpatched and under every method, at 1x to 8x: loss, and look-ups
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval --output runs/demo
@@ -62,6 +62,10 @@ real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the pla
 		--output runs/smollm2-135m-32k-tasks
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model
+
+ecosystem: $(VENV)/.dev ## the same in quantized weights, TRL, pipelines, `transformers serve`
+	$(INSTALL) -e ".[ecosystem]"
+	$(BIN)/python -m pytest tests/hf/test_ecosystem.py
 
 llama-cpp: $(VENV)/.dev ## exported GGUF files in llama.cpp itself, which is built from source: twenty minutes on two cores
 	$(INSTALL) llama-cpp-python

@@ -22,58 +22,63 @@ README = (ROOT / "README.md").read_text()
 SPANS = (ROOT / "docs" / "spans.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text()
+ECOSYSTEM = (ROOT / "docs" / "ecosystem.md").read_text()
 LINEAR = (ROOT / "docs" / "linear-attention.md").read_text()
 RECIPES = (ROOT / "recipes" / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-GUIDE = re.findall(r"```(\w+)\n(.*?)```", EVALUATION, flags=re.DOTALL)
+GUIDES = re.findall(r"```(\w+)\n(.*?)```", EVALUATION + ECOSYSTEM, flags=re.DOTALL)
 DEMO = repr(str(ROOT / "rope_scaling" / "demo" / "model"))
 
 
-def test_python_blocks_run_in_order(tmp_path):
-    """As one program, from an empty folder, with the embedded model in the place of the one on the hub."""
-    program = "\n".join(code for language, code in BLOCKS if language == "python")
-    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in program
-    replaced = program.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', DEMO)
-    done = subprocess.run([sys.executable, "-c", replaced], capture_output=True, text=True, cwd=tmp_path, check=False)
+LOAD = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausalLM, AutoTokenizer))
+"""
+
+
+def python_in(text):
+    """The Python blocks of a page, as one program, with the embedded model in the place of the one on the hub."""
+    program = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    assert program
+    return program.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', DEMO)
+
+
+def runs(program, folder):
+    """Runs a program in an empty folder."""
+    environment = os.environ | {"HF_HOME": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
+
+
+def test_python_blocks_run_in_order(tmp_path):
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in README
+    runs(python_in(README), tmp_path)
 
 
 def test_the_guide_to_evaluation_runs_too(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", EVALUATION, flags=re.DOTALL)
-    environment = os.environ | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    runs(python_in(EVALUATION), tmp_path)
     for name, task in TASKS.items():
         assert f"| `{name}` | {task.about} |" in EVALUATION
 
 
 def test_the_guide_to_spans_runs_too(tmp_path):
-    program = "\n".join(code for language, code in re.findall(r"```(\w+)\n(.*?)```", SPANS, flags=re.DOTALL))
-    load = f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({DEMO})\n"
-    done = subprocess.run(
-        [sys.executable, "-c", load + program], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    runs(LOAD + python_in(SPANS), tmp_path)
 
 
 def test_linear_attention_agrees_with_its_quadratic_form(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", LINEAR, flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
+    runs(python_in(LINEAR), tmp_path)
+
+
+def test_the_guide_to_what_stands_beside_runs_too(tmp_path):
+    pytest.importorskip("trl")
+    program = python_in(ECOSYSTEM).replace("packing=True", "packing=True, use_cpu=True, report_to=[], max_steps=1")
+    runs(program + "trainer.train()\n", tmp_path)
 
 
 def test_the_guide_to_recipes_runs_too(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", RECIPES, flags=re.DOTALL)
-    load = f"""
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausalLM, AutoTokenizer))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", load + code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    runs(LOAD + python_in(RECIPES), tmp_path)
     names = set(re.findall(r"`(\w+)`", RECIPES.split("| recipe |")[1].split("*Published*")[0]))
     assert set(recipe_names()) <= names
 
@@ -82,7 +87,7 @@ model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausal
     "command",
     [
         command
-        for _, code in [block for block in BLOCKS + GUIDE if block[0] == "bash"]
+        for _, code in [block for block in BLOCKS + GUIDES if block[0] == "bash"]
         for command in code.splitlines()
         if command.startswith("rope-scaling")
     ],
@@ -90,7 +95,7 @@ model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausal
 def test_shell_commands_are_understood(command, tmp_path):
     """Every option that the README shows is one that the command has."""
     words = command.split("#")[0].split()
-    commands = ("plot", "map", "evaluate", "finetune", "methods", "describe", "harness", "report")
+    commands = ("plot", "map", "evaluate", "finetune", "methods", "describe", "harness", "report", "export", "doctor")
     names = [word for word in words[1:3] if word in commands]
     command = [sys.executable, "-m", "rope_scaling.cli.main", *names, "--help"]
     environment = os.environ | {"COLUMNS": "200"}
@@ -152,6 +157,7 @@ def test_linked_files_exist():
         (ROOT / "docs", RESULTS),
         (ROOT / "docs", SPANS),
         (ROOT / "docs", EVALUATION),
+        (ROOT / "docs", ECOSYSTEM),
         (ROOT / "recipes", RECIPES),
     )
     for folder, text in pages:

@@ -123,6 +123,11 @@ class DecoderHook:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             return (), kwargs  # the model's own error says what is missing
+        if torch.compiler.is_exporting():
+            raise RopeScalingError(
+                "`torch.export` cannot follow spans, which depend on the positions of a call. A frequency method "
+                "can be exported; for the text at hand, `torch.compile` works."
+            )
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise RopeScalingError(
                 "`output_attentions=True`: a patched model's attention never holds its probabilities. `unpatch` the "
