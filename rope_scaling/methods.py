@@ -33,7 +33,7 @@ def method_class(name: str) -> type[Method]:
     return METHODS[canonical]
 
 
-def make_method(name: str, **arguments: Any) -> Method:
+def make_method(name: str, /, **arguments: Any) -> Method:
     """A method from its name and fields, as in `make_method("yarn", factor=4)`.
 
     A wrapping method takes the wrapped one's name as `wrapped`, and its fields beside it:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,12 @@ class FrequencyMethod(ABC):
             check_number("factor", self.factor, at_least=1.0)  # type: ignore[attr-defined]
         if getattr(self, "attention_factor", None) is not None:
             check_number("attention_factor", self.attention_factor, above=0.0)  # type: ignore[attr-defined]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise RopeScalingError(f"`{field.name}` must be True or False; got {value!r}.")
+            if field.type == "float":
+                check_number(field.name, value)
 
     @abstractmethod
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_number
+from rope_scaling.errors import RopeScalingError, check_number, check_sequence
 from rope_scaling.frequencies.base import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
@@ -43,10 +43,7 @@ class LongRope(FrequencyMethod):
             factors = getattr(self, name)
             if factors is None and name == "short_factor":
                 continue
-            if isinstance(factors, (str, int, float)) or not hasattr(factors, "__iter__"):
-                raise RopeScalingError(f"`{name}` must be a list of numbers, one a rotated pair; got {factors!r}.")
-            checked = tuple(check_number(f"{name}[{i}]", value, above=0.0) for i, value in enumerate(factors))
-            object.__setattr__(self, name, checked)
+            object.__setattr__(self, name, check_factors(name, factors))
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
         for name, factors in (("long_factor", self.long_factor), ("short_factor", self.short_factor)):
@@ -60,3 +57,15 @@ class LongRope(FrequencyMethod):
         length = geometry.original_max_position_embeddings
         attention_factor = self.attention_factor or math.sqrt(1 + math.log(self.factor) / math.log(length))
         return default_inv_freq(geometry) / torch.tensor(factors, dtype=torch.float64), attention_factor
+
+
+def check_factors(name: str, factors: Any) -> tuple[float, ...]:
+    """Factors of pairs as numbers above 0; the largest of float32 makes a pair stand still.
+
+    Raises:
+        RopeScalingError: they are none.
+    """
+    return tuple(
+        check_number(f"{name}[{i}]", value, above=0.0, at_most=1e39)
+        for i, value in enumerate(check_sequence(name, factors))
+    )

@@ -158,7 +158,7 @@ def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescri
 
 def _describe_unpatched(slot: Slot) -> SlotDescription:
     config = slot.config
-    saved_patched = hasattr(config, RECORD_KEY)
+    saved_patched = getattr(config, RECORD_KEY, None) is not None
     pretrained: Pretrained = read_pretrained(slot, pretrained_settings(config))
     arrived = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
     if saved_patched:

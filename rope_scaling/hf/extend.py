@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, check_length
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.frequencies.resonance import Resonance, whole_wavelengths
@@ -41,7 +41,7 @@ def target_length(pretrained: Pretrained, method: FrequencyMethod, given: int | 
         RopeScalingError: the given length is below what the model reads already, or contradicts the method.
     """
     factor = factor_of(method)
-    derived = int(pretrained.reach * factor)
+    derived = check_length("factor times trained length", int(pretrained.reach * factor))
     if given is None:
         return derived
     if given < pretrained.reach:

@@ -11,6 +11,7 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
+from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.hf.tables import TableSlot, rope_parameters_of
 from rope_scaling.methods import Method, method_class
@@ -58,10 +59,14 @@ class Pretrained:
 
 
 def pretrained_settings(config: Any) -> dict[str, Any]:
-    """`max_position_embeddings` and `rope_parameters` of the checkpoint as it was before any patch of ours."""
+    """`max_position_embeddings` and `rope_parameters` of the checkpoint as it was before any patch of ours.
+
+    Raises:
+        RopeScalingError: the record of a patch is damaged.
+    """
     record = getattr(config, RECORD_KEY, None)
     if record is not None:
-        return copy.deepcopy(record["pretrained"])
+        return copy.deepcopy(check_record(record)["pretrained"])
     return {
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         "rope_parameters": copy.deepcopy(rope_parameters_of(config)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, is_number
 from rope_scaling.methods import METHODS, Method, make_method
 
 
@@ -86,4 +86,34 @@ def check_record(record: Any) -> dict[str, Any]:
             f"The config's patch record has format {record['format']!r}; this version reads {_FORMAT}. Update "
             "rope-scaling."
         )
+    if damage := _damage(record):
+        raise RopeScalingError(f"The config's patch record is damaged: {damage}.")
     return record
+
+
+def _damage(record: dict[str, Any]) -> str:
+    """What is wrong with the values of a record, or nothing."""
+    methods, types, pretrained = record["methods"], record["layer_types"], record["pretrained"]
+    if not isinstance(methods, list) or not 0 < len(methods) <= len(METHODS):
+        return f"`methods` must be a list of methods; it is {methods!r:.100}"
+    if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in methods):
+        return f"every one of `methods` must have a `name`; they are {methods!r:.100}"
+    if types is not None and not (isinstance(types, list) and all(isinstance(one, str) for one in types)):
+        return f"`layer_types` must be a list of names; it is {types!r:.100}"
+    if not isinstance(pretrained, dict) or not isinstance(pretrained.get("rope_parameters"), dict):
+        return f"`pretrained` must hold `rope_parameters`; it is {pretrained!r:.100}"
+    if not pretrained.keys() <= {"max_position_embeddings", "rope_parameters", "hidden_act"}:
+        return f"`pretrained` holds what no patch changes: {', '.join(sorted(map(str, pretrained)))}"
+    lengths = {name: record[name] for name in ("target_length", "original_max_position_embeddings")}
+    lengths["max_position_embeddings"] = pretrained.get("max_position_embeddings")
+    for name, length in lengths.items():
+        if length is not None and (not is_number(length) or not 1 <= length <= 2**40 or length != int(length)):
+            return f"`{name}` must be a whole number of tokens; it is {length!r:.100}"
+    parameters = pretrained["rope_parameters"]
+    parts = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
+    for part in parts:
+        if not is_number(part.get("rope_theta")) or not 0 < part["rope_theta"] < 1e30:
+            return f"`rope_theta` must be a number above 0; it is {part.get('rope_theta')!r:.100}"
+        if not isinstance(part.get("rope_type", "default"), str):
+            return f"`rope_type` must be a name; it is {part['rope_type']!r:.100}"
+    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rope_scaling.errors import RopeScalingError, check_length, unknown_name
+from rope_scaling.errors import RopeScalingError, check_length, check_sequence, unknown_name
 from rope_scaling.spans.base import Rope, Span, SpanMethod, compose, plain
 from rope_scaling.spans.sliding_window import SlidingWindow
 
@@ -42,7 +42,7 @@ class Alternating(SpanMethod):
                     f"`{name}` must be a window or a map, such as `SlidingWindow(window=1024)`; got {method!r}."
                 )
         if self.layer_kinds is not None:
-            object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
+            object.__setattr__(self, "layer_kinds", check_sequence("layer_kinds", self.layer_kinds))
             for kind in self.layer_kinds:
                 if kind not in ("local", "global"):
                     raise unknown_name("kind of layer", str(kind), ["local", "global"])

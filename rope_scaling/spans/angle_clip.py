@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length, check_number
+from rope_scaling.errors import RopeScalingError, check_length, check_number, check_sequence
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, causal, within
 from rope_scaling.spans.rerope import half
 
@@ -48,7 +48,7 @@ class AngleClip(SpanMethod):
         if self.max_angle is not None:
             check_number("max_angle", self.max_angle, above=0.0)
         if self.max_angles is not None:
-            object.__setattr__(self, "max_angles", tuple(self.max_angles))
+            object.__setattr__(self, "max_angles", check_sequence("max_angles", self.max_angles))
             for angle in self.max_angles:
                 if angle != math.inf:
                     check_number("max_angles", angle, at_least=0.0)

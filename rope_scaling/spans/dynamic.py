@@ -10,8 +10,9 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length, check_number
+from rope_scaling.errors import RopeScalingError, check_length, check_number, check_sequence
 from rope_scaling.frequencies import FrequencyMethod, Linear, LongRope, Ntk, Yarn
+from rope_scaling.frequencies.longrope import check_factors
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.spans.base import Rope, Span, SpanMethod
 
@@ -37,10 +38,10 @@ class Dynamic(SpanMethod):
     """One length in tokens to fix the frequencies for, whatever the position; see `freeze`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "steps", check_sequence("steps", self.steps))
         for step in self.steps:
             check_number("steps", step, at_least=1.0)
-        if not self.steps or any(later <= earlier for earlier, later in pairwise(self.steps)):
+        if any(later <= earlier for earlier, later in pairwise(self.steps)):
             raise RopeScalingError(
                 f"`steps` must be one or more ascending factors, as in (1, 2, 4); got {self.steps}."
             )
@@ -171,7 +172,7 @@ class DynamicLongRope(Dynamic):
         object.__setattr__(self, "steps", (1.0, check_number("factor", self.factor, above=1.0)))
         for name in ("long_factor", "short_factor"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+                object.__setattr__(self, name, check_factors(name, getattr(self, name)))
         super().__post_init__()
 
     def begins(self, rope: Rope) -> int:

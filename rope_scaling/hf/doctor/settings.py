@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from rope_scaling.errors import is_number
 from rope_scaling.hf.doctor.findings import NOTE, Finding, found
 from rope_scaling.hf.doctor.sources import Source
 from rope_scaling.hf.pretrained import windows_of
@@ -202,20 +203,20 @@ def _values(source: Source, kind: str, where: str, read: dict) -> Iterator[Findi
     numbers = {"rope_theta": 0, "factor": 1, "low_freq_factor": 0, "high_freq_factor": 0, "attention_factor": 0}
     for key, least in (numbers | {"beta_fast": 0, "beta_slow": 0, "partial_rotary_factor": 0}).items():
         value = read.get(key)
-        if value is not None and not (_is_number(value) and value >= least and (value > 0 or key.startswith("beta"))):
+        if value is not None and not (is_number(value) and value >= least and (value > 0 or key.startswith("beta"))):
             wrong.append(
                 f"`{key}` must be a finite number{', at least 1' if least else ' above 0'}; it is {value!r:.60}"
             )
     for key in ("short_factor", "long_factor"):
         value = read.get(key)
-        if value is not None and not (isinstance(value, list) and all(_is_number(one) and one > 0 for one in value)):
+        if value is not None and not (isinstance(value, list) and all(is_number(one) and one > 0 for one in value)):
             wrong.append(f"`{key}` must be a list of finite numbers above 0; it is {value!r:.60}")
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         value = source.text.get(key) if key in source.text else read.get(key)
         if value is not None and not _is_length(value):
             wrong.append(f"`{key}` must be a whole number of tokens; it is {value!r:.60}")
     low, high = read.get("low_freq_factor"), read.get("high_freq_factor")
-    if kind == "llama3" and _is_number(low) and _is_number(high) and high <= low:
+    if kind == "llama3" and is_number(low) and is_number(high) and high <= low:
         wrong.append(f"`high_freq_factor` {high:g} must be above `low_freq_factor` {low:g}")
     if wrong:
         yield found("RS110", f"{kind!r}{where}: {'; '.join(wrong)}.", "Correct them in `config.json`.")
@@ -250,13 +251,9 @@ def same(one: Any, other: Any) -> bool:
     """Whether two values of a config mean the same; computed ones may differ in the last digits of float32."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
-    if _is_number(one) and _is_number(other):
+    if is_number(one) and is_number(other):
         return math.isclose(one, other, rel_tol=1e-6)
     return one == other
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_length(value: Any) -> TypeGuard[int]:

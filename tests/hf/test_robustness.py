@@ -1,0 +1,255 @@
+"""Random configs, methods and records: nothing changes that must not, and nothing fails but with our own error."""
+
+import copy
+import dataclasses
+import json
+import math
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import close, make_model, token_ids
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import rope_scaling
+from rope_scaling import METHODS, RopeScalingError
+from rope_scaling.hf.record import method_to_record
+
+
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+LENGTH = 40
+NUMBERS = st.one_of(
+    st.integers(-3, 4096), st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([0, 1, 2, 4.0, 8.0, 1e30])
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["name", "methods", "format", "factor", "pretrained", "x"]), inner, max_size=4
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+@st.composite
+def models(draw):
+    """A tiny random model of a Llama-like family, of any shape."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    theta = draw(st.sampled_from([10.0, 1e4, 5e5, 1e8]))
+    scaled = draw(st.sampled_from(["default", "linear", "yarn", "llama3"]))
+    more = {"factor": draw(st.sampled_from([1.0, 2.0, 3.7]))} if scaled != "default" else {}
+    if scaled in ("yarn", "llama3"):
+        more["original_max_position_embeddings"] = draw(st.sampled_from([8, 16]))
+    if scaled == "llama3":
+        more |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = getattr(
+        transformers, draw(st.sampled_from(["LlamaConfig", "MistralConfig", "Qwen3Config", "PhiConfig"]))
+    )(
+        vocab_size=64,
+        hidden_size=heads * 16,
+        intermediate_size=24,
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=heads,
+        num_key_value_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n <= heads and heads % n == 0])),
+        max_position_embeddings=draw(st.sampled_from([16, 17, 33, 64])),
+        rope_parameters={"rope_type": scaled, "rope_theta": theta, **more},
+        initializer_range=0.15,
+        pad_token_id=0,
+    )
+    torch.manual_seed(draw(st.integers(0, 3)))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@st.composite
+def arguments(draw):
+    """A method by name, with some of its fields set to anything."""
+    name = draw(st.sampled_from(sorted(METHODS)))
+    fields = {field.name for field in dataclasses.fields(METHODS[name])} | {"name"}
+    values = st.one_of(
+        NUMBERS, st.none(), st.booleans(), st.sampled_from(["yarn", "", "soft"]), st.lists(NUMBERS, max_size=8)
+    )
+    chosen = draw(st.lists(st.sampled_from(sorted(fields)), max_size=2, unique=True)) if fields else []
+    given_values = {key: draw(values) for key in chosen}
+    if "factor" in fields and draw(st.integers(0, 3)):
+        given_values["factor"] = draw(st.sampled_from([1.5, 2, 4.0, 16]))
+    if draw(st.integers(0, 4)) == 0:
+        given_values["target_length"] = draw(st.one_of(NUMBERS, st.sampled_from([64, 128])))
+    return name, given_values
+
+
+@torch.no_grad()
+def logits(model):
+    return model(token_ids(LENGTH), use_cache=False).logits
+
+
+def refusal(action, *given_values, **named):
+    """Our own error's message, or `None` where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            action(*given_values, **named)
+    except RopeScalingError as error:
+        return str(error)
+    return None
+
+
+def state(model):
+    """What a failed patch, or a patch taken back, must leave."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("architectures", "dtype")}
+    return json.dumps(config, sort_keys=True, default=str), model.config._attn_implementation
+
+
+@FEW
+@given(model=models(), call=arguments())
+def test_patch_save_load_unpatch(model, call):
+    name, values = call
+    before, settings_before = logits(model), state(model)
+    if refused := refusal(rope_scaling.patch, model, name, **values):
+        assert torch.equal(logits(model), before) and state(model) == settings_before
+        assert 20 < len(refused) < 2000
+        return
+    after = logits(model)
+    assert after.isfinite().all() and str(rope_scaling.describe(model))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        assert close(logits(rope_scaling.from_pretrained(folder)), after)
+        if rope_scaling.hf.patch.patched_in_attention(model):
+            with pytest.raises(Exception, match=r"rope_scaling\.from_pretrained"):
+                AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            assert close(logits(AutoModelForCausalLM.from_pretrained(folder).eval()), after)
+    assert torch.equal(logits(rope_scaling.unpatch(model)), before)
+    assert state(model) == settings_before
+
+
+ANYTHING = [
+    *(None, True, 0, -1, 1, 3.5, math.nan, math.inf, 10**400, 1e300, 1e-300, "", "yarn", {}, {"name": "yarn"}),
+    *(
+        [],
+        [1.0] * 8,
+        [0] * 8,
+        ["a"],
+        (1,),
+        [math.nan] * 8,
+        [1e300] * 8,
+        [-1.0] * 8,
+        [[1]],
+        rope_scaling.Yarn(factor=2.0),
+    ),
+]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_field_takes_what_it_can_compute_with_and_refuses_the_rest(name, llama):
+    before = logits(llama)
+    known = {field.name for field in dataclasses.fields(METHODS[name])}
+    usual = {"factor": 4.0, "long_factor": [2.0] * 8, "value": 1.1}
+    for field in known:
+        for value in ANYTHING:
+            values = {**{key: value for key, value in usual.items() if key in known}, field: value}
+            if not refusal(rope_scaling.patch, llama, name, **values):
+                assert logits(llama).isfinite().all(), values
+                rope_scaling.unpatch(llama)
+    assert torch.equal(logits(llama), before)
+
+
+@FEW
+@given(record=JSON, data=st.data())
+def test_any_record_in_a_config_is_taken_or_refused(record, data):
+    model = make_model("llama")
+    good = {
+        "format": 2,
+        "methods": [method_to_record(rope_scaling.Yarn(factor=4.0))],
+        "target_length": 256,
+        "layer_types": None,
+        "original_max_position_embeddings": None,
+        "pretrained": {"max_position_embeddings": 64, "rope_parameters": copy.deepcopy(model.config.rope_parameters)},
+    }
+    if isinstance(record, dict) and data.draw(st.booleans()):
+        record = {**good, **record}
+    elif data.draw(st.booleans()):
+        record = {**good, data.draw(st.sampled_from(sorted(good))): record}
+    model.config.rope_scaling_patch = record
+    for action in (rope_scaling.patch, rope_scaling.unpatch, rope_scaling.describe, rope_scaling.diagnose):
+        refusal(action, copy.deepcopy(model))
+
+
+@FEW
+@given(
+    parameters=JSON, key=st.sampled_from(["rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings"])
+)
+def test_any_settings_in_a_file_are_diagnosed_or_refused(parameters, key):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        key: parameters,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        refusal(lambda: str(rope_scaling.diagnose(folder)))
+
+
+HOSTILE = {
+    "deep": lambda: json.loads("[" * 500 + "]" * 500),
+    "wide": lambda: [1.0] * 1_000_000,
+    "not a number": lambda: math.nan,
+    "infinite": lambda: math.inf,
+    "code": lambda: "__import__('os').system('touch pwned')",
+    "path": lambda: "../../../../etc/passwd",
+    "huge": lambda: 10**400,
+}
+
+
+@pytest.mark.parametrize("place", ["factor", "name", "rope_theta", "target_length", "layer_types", "long_factor"])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_values_are_refused_quickly(what, place, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value = HOSTILE[what]()
+    rope_scaling.patch(llama, "longrope", factor=4, long_factor=[2.0] * 8)
+    llama.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    record = config["rope_scaling_patch"]
+    if place in ("factor", "name", "long_factor"):
+        record["methods"][0][place] = value
+    elif place == "rope_theta":
+        record["pretrained"]["rope_parameters"][place] = value
+    else:
+        record[place] = value
+    path.write_text(json.dumps(config))
+    started = time.monotonic()
+    assert len(refusal(rope_scaling.from_pretrained, tmp_path / "model")) < 2000
+    assert not rope_scaling.diagnose(str(tmp_path / "model")).healthy
+    assert time.monotonic() - started < 10
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
+def test_two_models_two_patches_two_threads():
+    wanted = {}
+    for name in ("self_extend", "yarn", "rerope"):
+        wanted[name] = logits(
+            rope_scaling.patch(make_model("llama"), name, **({"factor": 4} if name == "yarn" else {}))
+        )
+    models_now = {name: make_model("llama") for name in wanted}
+
+    def work(name):
+        for _ in range(5):
+            rope_scaling.patch(models_now[name], name, **({"factor": 4} if name == "yarn" else {}))
+            for _ in range(3):
+                assert torch.equal(logits(models_now[name]), wanted[name])
+            rope_scaling.unpatch(models_now[name])
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, wanted))
