@@ -20,7 +20,7 @@ RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo tasks test oldest lint bench real ecosystem llama-cpp families recipes smoke clean
+.PHONY: demo tasks test oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
 
 demo: $(VENV)/.eval ## the embedded model, unpatched and under every method, at 1x to 8x: loss, and look-ups
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval --output runs/demo
@@ -35,6 +35,10 @@ test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip 
 
 oldest: ## the same tests on the oldest supported torch and Transformers
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+newest: ## the same tests on the newest Transformers there is
+	sed '/^transformers==/d;/^tokenizers==/d' $(CONSTRAINTS) > .constraints-newest.txt
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt
 
 lint: $(VENV)/.dev ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -128,9 +128,16 @@ def load_config(name: str, **arguments: Any) -> Any:
 
 def _fetch(load: Any, name: str, **arguments: Any) -> Any:
     source = model_source(name)
+    arguments.setdefault("trust_remote_code", False)  # or Transformers asks on the terminal
     try:
         return load(source, **arguments)
     except Exception as error:  # a checkpoint, a config class or the network may fail in any way
+        if "custom code" in str(error):
+            raise RopeScalingError(
+                f"{name!r} brings modelling code of its own, which is not run from here. Load it yourself, with "
+                "`trust_remote_code=True`, and hand the model to `rope_scaling.patch`: it takes one whose rotary "
+                "module is built as Transformers builds its own, and refuses others."
+            ) from error
         raise RopeScalingError(
             f"Cannot load {name!r}: {_first_line(error)} Give a folder, a hub id such as 'org/name', or 'demo'; "
             "after an interrupted download, run the command again."

@@ -141,9 +141,18 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
         raise RopeScalingError(
             f"{type(model).__name__} has no rotary position embedding that can be scaled: no module was touched. "
             "It takes a model whose rotary module Transformers builds from `config.rope_parameters`, such as Llama, "
-            "Mistral, Qwen, Phi, Gemma or GPT-NeoX."
+            f"Mistral, Qwen, Phi, Gemma or GPT-NeoX.{_own_code(model)}"
         )
     return slots
+
+
+def _own_code(model: nn.Module) -> str:
+    if not hasattr(model, "config") or type(model).__module__.startswith("transformers."):
+        return ""
+    return (
+        " Its code is not Transformers' own. If Transformers has this architecture, load it without "
+        "`trust_remote_code`; else build its frequencies as `LlamaRotaryEmbedding` does, under a class named so."
+    )
 
 
 def _decoder(model: nn.Module, path: str) -> str:

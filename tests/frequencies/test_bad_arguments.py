@@ -29,7 +29,7 @@ from rope_scaling import LongRope, Resonance, RopeGeometry, RopeScalingError, ma
         ("clipped_frequency", {"num_pairs": 2.5}, r"`num_pairs` must be a whole number.*got 2\.5"),
         ("p_rope", {"partial_rotary_factor": 1.5}, r"between 0 and 1; got 1\.5"),
         ("drope", {"attention_factor": 0.0}, r"`attention_factor` must be a finite number, above 0; got 0\.0"),
-        ("longrope", {"factor": 2, "long_factor": "1,2"}, r"`long_factor` must be a list of numbers.*got '1,2'"),
+        ("longrope", {"factor": 2, "long_factor": "1,2"}, r"`long_factor` must be a list of one or more; got '1,2'"),
         (
             "longrope",
             {"factor": 2, "long_factor": [1.0, float("nan")]},

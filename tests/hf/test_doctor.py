@@ -216,6 +216,13 @@ def test_attention_of_running_models():
     assert codes(diagnose(spans)) <= {"RS405"}
 
 
+def test_the_page_lists_every_code():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    for code, (level, title) in CODES.items():
+        assert f"| {code} | {level} | {title} |" in page
+    assert page.count("| RS") == len(CODES)
+
+
 def test_every_code_is_planted():
     planted = "".join(map(str, PLANTED.values())) + Path(__file__).read_text()
     assert [code for code in CODES if planted.count(code) == 0] == []

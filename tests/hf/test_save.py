@@ -154,7 +154,7 @@ def test_another_patch_on_a_saved_one_starts_from_the_pretrained_frequencies(tmp
     [
         ({"format": 99}, "format 99; this version reads 2. Update rope-scaling"),
         ({"methods": [{"name": "yran"}]}, "Unknown method 'yran'"),
-        ({"methods": ["yarn"]}, "must be a mapping with a `name`"),
+        ({"methods": ["yarn"]}, "must have a `name`"),
         ({"surprise": 1}, "record is damaged"),
     ],
 )

@@ -71,7 +71,7 @@ def read_source(name: str) -> Source:
         return Source(name, {}, None, files=files)
     try:
         with unwarned():
-            config = load_config(name, trust_remote_code=False).get_text_config()
+            config = load_config(name).get_text_config()
     except (RopeScalingError, RecursionError) as error:
         return Source(name, _section(raw), None, str(error), files=files)
     return _source(name, _section(raw), config, files)
