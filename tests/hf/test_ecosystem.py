@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import strong, token_ids
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    QuantizedCache,
     QuantoConfig,
     TextIteratorStreamer,
     TorchAoConfig,
@@ -80,6 +82,26 @@ def test_quantized_weights(name, method, ids):
     assert off(found, wanted) < 0.05 and off(before, wanted) > 3 * off(found, wanted)
     assert rope_scaling.diagnose(model).healthy
     assert torch.equal(logits(rope_scaling.unpatch(model), ids), before)
+
+
+@pytest.mark.parametrize("method", ["yarn", "self_extend", "rerope", "angle_clip", "streaming", "dual_chunk"])
+def test_quantized_caches(method):
+    """All that such a cache does but round: then a token at a time is what one call is."""
+    pytest.importorskip("optimum.quanto")
+    model, tokens = rope_scaling.patch(strong("llama"), method, **METHODS.get(method, {})), token_ids(160)
+    cache = QuantizedCache("quanto", config=model.config, nbits=4, q_group_size=16, residual_length=16)
+    for layer in cache.layers:
+        layer._quantize, layer._dequantize = (lambda tensor, axis: tensor.clone()), (lambda tensor: tensor)
+    with torch.no_grad():
+        pieces = [
+            model(piece, past_key_values=cache).logits for piece in (tokens[:, :100], *tokens[:, 100:].split(1, 1))
+        ]
+    assert off(torch.cat(pieces, 1), logits(model, tokens)) < 1e-5
+    arguments = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 16},
+    }
+    assert model.generate(tokens, max_new_tokens=4, do_sample=False, **arguments).shape == (1, 164)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
 import tempfile
 import time
 import warnings
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import close, make_model, token_ids
+from accelerate import Accelerator
+from conftest import close, make_model, strong, token_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rope_scaling
 from rope_scaling import METHODS, RopeScalingError
@@ -233,6 +236,39 @@ def test_hostile_values_are_refused_quickly(what, place, llama, tmp_path, monkey
     assert not rope_scaling.diagnose(str(tmp_path / "model")).healthy
     assert time.monotonic() - started < 10
     assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("method", ["yarn", "self_extend"])
+def test_through_everything_that_is_done_to_a_model(method, tmp_path):
+    """Patched, wrapped, unwrapped, moved, copied, pickled, compiled, trained, saved: still patched, still verified."""
+    plain, wanted = strong("llama"), rope_scaling.patch(strong("llama"), method, **_FACTORS[method])
+    model = rope_scaling.patch(plain, method, **_FACTORS[method])
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.unwrap_model(accelerator.prepare(model)).unload()
+    steps = [
+        lambda m: m.to(torch.bfloat16).to(torch.float32),
+        lambda m: m.to("cpu").train().eval().requires_grad_(False),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.compile(m, backend="eager"),
+    ]
+    rounded = logits(steps[0](copy.deepcopy(wanted)))
+    assert close(logits(model), logits(wanted))
+    for step in steps:
+        model = step(model)
+        assert close(logits(model), rounded) and rope_scaling.diagnose(model).healthy
+    model = model._orig_mod.requires_grad_(True)
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(32, rows=2)]
+    settings_of_training = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True, learning_rate=0.0
+    )
+    Trainer(model, settings_of_training, train_dataset=rows).train()
+    assert rope_scaling.diagnose(model).healthy and close(logits(model.eval()), rounded)
+    assert close(logits(rope_scaling.from_pretrained(tmp_path / "checkpoint-1")), rounded)
+
+
+_FACTORS = {"yarn": {"factor": 4}, "self_extend": {}}
 
 
 def test_two_models_two_patches_two_threads():
