@@ -156,4 +156,5 @@ def _device(name: str) -> torch.device:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith((".", "?", "!")) else f"{line}."

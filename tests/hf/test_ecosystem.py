@@ -1,5 +1,6 @@
 """Patched models in what people build on Transformers. Packages that are not installed are skipped with their name."""
 
+import functools
 import json
 import os
 import socket
@@ -129,11 +130,15 @@ def test_layers_on_disk(method, ids, tmp_path):
 
 
 def test_torch_export_of_frequencies_for_any_length(ids):
-    model = patched(base(), "yarn")
-    length = torch.export.Dim("length", min=2, max=4096)
-    shapes = {"input_ids": {1: length}, "use_cache": None}
     inputs = {"input_ids": ids[:, :300], "use_cache": False}
-    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+    shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=4096)}, "use_cache": None}
+    export = functools.partial(torch.export.export, args=(), kwargs=inputs, dynamic_shapes=shapes, strict=False)
+    try:
+        export(base())
+    except torch._dynamo.exc.UserError as error:
+        pytest.skip(f"this torch exports not even the unpatched model for any length: {str(error)[:100]}")
+    model = patched(base(), "yarn")
+    program = export(model)
     assert off(program.module()(input_ids=ids, use_cache=False).logits, logits(model, ids)) < 1e-6
 
 

@@ -47,12 +47,12 @@ class Source:
     def parts(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         """By layer type (`""` where all rotate alike): the settings as written, and as Transformers reads them."""
         read = _mapping(getattr(self.config, "rope_parameters", None))
-        labels = self.config.nested_rope_parameter_keys(read) if read else []
+        labels = [label for label, part in read.items() if isinstance(part, dict)]
         if not labels:
             return {"": (self.stated, read or self.stated)}
         written = self.stated
         nested = {label: _mapping(written.get(label)) for label in labels}
-        return {label: (nested[label], _mapping(read[label])) for label in labels if read[label] is not None}
+        return {label: (nested[label], read[label]) for label in labels}
 
 
 def read_source(name: str) -> Source:
