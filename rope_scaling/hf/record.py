@@ -16,11 +16,12 @@ _KEYS = {"format", "methods", "target_length", "layer_types", "original_max_posi
 
 
 def method_to_record(method: Method) -> dict[str, Any]:
-    """A method as plain data: its name and every field that is set."""
+    """A method as plain data: its name and every field; without those that are `None`, if that is their default."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}
+    left_out = {field.name for field in fields(method) if field.default is None and values[field.name] is None}
     return {
         "name": method.name or type(method).__name__,
-        **{name: _plain(value) for name, value in values.items() if value is not None},
+        **{name: _plain(value) for name, value in values.items() if name not in left_out},
     }
 
 

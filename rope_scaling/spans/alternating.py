@@ -37,7 +37,9 @@ class Alternating(SpanMethod):
     def __post_init__(self) -> None:
         check_length("global_every", self.global_every)
         for name, method in (("local", self.local), ("everywhere", self.everywhere)):
-            if method is not None and (not isinstance(method, SpanMethod) or "frequency" in method.decides):
+            if name == "everywhere" and method is None:
+                continue
+            if not isinstance(method, SpanMethod) or "frequency" in method.decides:
                 raise RopeScalingError(
                     f"`{name}` must be a window or a map, such as `SlidingWindow(window=1024)`; got {method!r}."
                 )

@@ -10,6 +10,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rope_scaling
 from rope_scaling import METHODS, RopeScalingError
-from rope_scaling.hf.record import method_to_record
+from rope_scaling.hf.record import method_from_record, method_to_record
+from rope_scaling.spans.sliding_window import SlidingWindow
 
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -205,7 +207,7 @@ def test_any_settings_in_a_file_are_diagnosed_or_refused(parameters, key):
 
 HOSTILE = {
     "deep": lambda: json.loads("[" * 500 + "]" * 500),
-    "wide": lambda: [1.0] * 1_000_000,
+    "wide": lambda: [1.0] * 100_000,
     "not a number": lambda: math.nan,
     "infinite": lambda: math.inf,
     "code": lambda: "__import__('os').system('touch pwned')",
@@ -269,6 +271,19 @@ def test_through_everything_that_is_done_to_a_model(method, tmp_path):
 
 
 _FACTORS = {"yarn": {"factor": 4}, "self_extend": {}}
+
+
+def test_a_record_holds_what_was_set_to_none(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(SlidingWindow):
+        name: ClassVar[str] = "own"
+        window: int | None = 8
+        kept: int | None = None
+
+    monkeypatch.setitem(METHODS, "own", Own)
+    assert method_to_record(Own()) == {"name": "own", "window": 8, "num_sinks": 0}
+    for method in (Own(), Own(window=None), Own(kept=1)):
+        assert method_from_record(json.loads(json.dumps(method_to_record(method)))) == method
 
 
 def test_two_models_two_patches_two_threads():
