@@ -9,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.loud import ACTIVATION_KEY
 from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.record import ACTIVATION_KEYS
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.hf.tables import rope_parameters_of
 
 
-_ATTRIBUTES = ("rope_parameters", "max_position_embeddings", ACTIVATION_KEY, RECORD_KEY)
+_ATTRIBUTES = ("rope_parameters", "max_position_embeddings", *ACTIVATION_KEYS, RECORD_KEY)
 _LEFT_BEHIND = ("original_max_position_embeddings",)
 """What config classes add of themselves when a patched config is validated (PhiMoE)."""
 

@@ -139,7 +139,7 @@ def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescri
     if program is not None and program.methods:
         reach = "; any length" if program.reach is None else f"; reaches {program.reach} tokens"
     reload = f"plain Transformers reloads it, as rope_type {rope_type!r}"
-    if program is not None:
+    if program is not None or not slot.in_config:
         reload = "plain Transformers refuses it; rope_scaling.from_pretrained loads it"
     return SlotDescription(
         module=slot.path,

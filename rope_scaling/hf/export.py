@@ -98,6 +98,11 @@ def check_exportable(model: nn.Module, target: str) -> None:
             f"{name!r} changes attention, and {TARGETS[target]} knows frequencies only. The nearest that can be "
             f"exported: {_NEAREST.get(name, 'yarn')!r} at the target length."
         )
+    if not slots[0].in_config:
+        raise RopeScalingError(
+            f"{type(model).__name__} computes its angles in its code, from no config that {TARGETS[target]} reads. "
+            "Save it with `save_pretrained`, and load it with `rope_scaling.from_pretrained`."
+        )
     if target != "transformers" and any(slot.layer_type for slot in slots):
         raise RopeScalingError(
             f"The layer types of this model rotate differently, which {TARGETS[target]} reads from no two configs "

@@ -77,6 +77,9 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
     kept = pretrained.other_parameters
     if pretrained.rope_parameters.get("rope_type") == "proportional":
         kept["partial_rotary_factor"] = 1.0  # the share is in the frequencies: those of other pairs are 0
+    if not slot.in_config:
+        stated = {**kept, "rope_theta": geometry.rope_theta, **(native or fallback)}
+        return Extension(inv_freq.float(), attention_factor, stated, arithmetic)
     refusals = []
     for candidate in (native or fallback, fallback, with_mscales):
         parameters = {**kept, "rope_theta": geometry.rope_theta, **candidate}

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rope_scaling.hf.pretrained import config_with
+from rope_scaling.hf.record import ACTIVATION_KEYS
 from rope_scaling.hf.rotary import Slot
 
 
 MESSAGE = "rope_scaling: this model's attention was patched; load it with rope_scaling.from_pretrained(folder)"
 """What stands in the config where Transformers, and every server that reads its configs, looks a name up and fails."""
-ACTIVATION_KEY = "hidden_act"
 
 
 def fail_in_plain_transformers(
@@ -23,8 +23,13 @@ def fail_in_plain_transformers(
     """Config attributes that no plain loader accepts, and whose error is `MESSAGE`.
 
     The name of the RoPE type carries the message. Configs that check this name against a list of their own (Phi-3)
-    could not be saved with it; there the name of the activation function does.
+    could not be saved with it, and families that compute their angles from no config never read it; there the name of
+    the activation function does.
     """
+    config = slots[0].config
+    activation = {name: MESSAGE for name in ACTIVATION_KEYS if hasattr(config, name)}
+    if not slots[0].in_config:
+        return {"rope_parameters": parameters, **activation}
     loud = copy.deepcopy(parameters)
     for slot in slots:
         loud = slot.with_part(loud, {**slot.part_of(loud), "rope_type": MESSAGE})
@@ -32,7 +37,7 @@ def fail_in_plain_transformers(
         with unwarned():
             config_with(slots[0], loud, max_position_embeddings)
     except Exception:  # whatever the config class raises for a type that it does not take
-        return {"rope_parameters": parameters, ACTIVATION_KEY: MESSAGE}
+        return {"rope_parameters": parameters, **activation}
     return {"rope_parameters": loud}
 
 
@@ -50,4 +55,6 @@ def unwarned() -> Iterator[None]:
 
 def is_loud(config: Any) -> bool:
     """Whether plain Transformers would refuse this config."""
-    return getattr(config, ACTIVATION_KEY, None) == MESSAGE or MESSAGE in str(getattr(config, "rope_parameters", ""))
+    return MESSAGE in [str(getattr(config, name, "")) for name in ACTIVATION_KEYS] or MESSAGE in str(
+        getattr(config, "rope_parameters", "")
+    )

@@ -20,7 +20,7 @@ from rope_scaling.hf.both_ways import WindowProgram
 from rope_scaling.hf.configs import config_of, config_state, set_config
 from rope_scaling.hf.decoders import make_programs
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
-from rope_scaling.hf.loud import ACTIVATION_KEY, fail_in_plain_transformers
+from rope_scaling.hf.loud import fail_in_plain_transformers
 from rope_scaling.hf.pretrained import (
     RECORD_KEY,
     Pretrained,
@@ -30,7 +30,7 @@ from rope_scaling.hf.pretrained import (
     windows_of,
 )
 from rope_scaling.hf.program import SpanProgram
-from rope_scaling.hf.record import check_record, make_record, method_from_record
+from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
 from rope_scaling.hf.softmax import scale_softmax
@@ -134,7 +134,8 @@ def patch_as_recorded(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """
     slots = rotary_slots(model)
     made_on = check_record(record)["pretrained"]
-    found = pretrained_settings(config_of(slots))
+    config = config_of(slots)
+    found = {name: getattr(config, name, None) for name in ACTIVATION_KEYS} | pretrained_settings(config)
     if different := [name for name, value in made_on.items() if found.get(name) != value]:
         changes = "; ".join(f"`{name}` there {made_on[name]}, here {found.get(name)}" for name in different)
         raise RopeScalingError(
@@ -221,9 +222,10 @@ def _apply(
     if in_attention and wanted.frequency is None:
         parameters = copy.deepcopy(settings["rope_parameters"])
     after = {"rope_parameters": parameters}
-    if in_attention:
+    guarded = in_attention or not slots[0].in_config
+    if guarded:
         after = fail_in_plain_transformers(slots, parameters, settings["max_position_embeddings"])
-    allowed = (after["rope_parameters"], settings["rope_parameters"])[: 2 if in_attention else 1]
+    allowed = (after["rope_parameters"], settings["rope_parameters"])[: 2 if guarded else 1]
     if from_record and config.rope_parameters not in allowed:
         raise RopeScalingError(
             "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
@@ -235,8 +237,9 @@ def _apply(
         _warn_of_windows(config, target)
     after["max_position_embeddings"] = target
     stated = wanted.target_length if in_attention else target
-    if ACTIVATION_KEY in after:
-        settings.setdefault(ACTIVATION_KEY, getattr(config, ACTIVATION_KEY))
+    for name in ACTIVATION_KEYS:
+        if name in after:
+            settings.setdefault(name, getattr(config, name))
     after[RECORD_KEY] = make_record(wanted.methods, stated, layer_types, original_length, settings)
     outer, outer_config = applied_patch(slots), config_state(config)
     if outer is not None:

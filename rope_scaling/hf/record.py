@@ -11,6 +11,8 @@ from rope_scaling.errors import RopeScalingError, is_number
 from rope_scaling.methods import METHODS, Method, make_method
 
 
+ACTIVATION_KEYS = ("hidden_act", "activation_function")
+"""Names under which configs state the activation function."""
 _FORMAT = 2
 _KEYS = {"format", "methods", "target_length", "layer_types", "original_max_position_embeddings", "pretrained"}
 
@@ -103,7 +105,7 @@ def _damage(record: dict[str, Any]) -> str:
         return f"`layer_types` must be a list of names; it is {types!r:.100}"
     if not isinstance(pretrained, dict) or not isinstance(pretrained.get("rope_parameters"), dict):
         return f"`pretrained` must hold `rope_parameters`; it is {pretrained!r:.100}"
-    if not pretrained.keys() <= {"max_position_embeddings", "rope_parameters", "hidden_act"}:
+    if not pretrained.keys() <= {"max_position_embeddings", "rope_parameters", *ACTIVATION_KEYS}:
         return f"`pretrained` holds what no patch changes: {', '.join(sorted(map(str, pretrained)))}"
     lengths = {name: record[name] for name in ("target_length", "original_max_position_embeddings")}
     lengths["max_position_embeddings"] = pretrained.get("max_position_embeddings")

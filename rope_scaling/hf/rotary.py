@@ -36,6 +36,11 @@ class Slot:
         """The config that the module was built from."""
         return self.module.config
 
+    @property
+    def in_config(self) -> bool:
+        """Whether Transformers, when it builds the module anew, takes its frequencies from what a checkpoint holds."""
+        return True
+
     def part_of(self, values: Any) -> Any:
         """This slot's part of something kept by layer type, such as `config.rope_parameters`."""
         return values[self.layer_type] if self.layer_type else values
@@ -130,13 +135,7 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
         name = type(module).__name__
         if "RotaryEmbedding" in name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
             layer_types = sorted(module.rope_type) if isinstance(module.rope_type, dict) else [None]
-            slots += [Slot(path, module, layer_type, _decoder(model, path)) for layer_type in layer_types]
-    if not slots and any(getattr(module, "embed_positions", None) is not None for module in model.modules()):
-        raise RopeScalingError(
-            f"{type(model).__name__} takes its angles, or positions, from a table that its code computes for a fixed "
-            "number of tokens (`embed_positions`). No config can scale that, so a saved model would lose the change: "
-            "no module was touched."
-        )
+            slots += [Slot(path, module, layer_type, decoder_around(model, path)) for layer_type in layer_types]
     if not slots:
         raise RopeScalingError(
             f"{type(model).__name__} has no rotary position embedding that can be scaled: no module was touched. "
@@ -155,7 +154,7 @@ def _own_code(model: nn.Module) -> str:
     )
 
 
-def _decoder(model: nn.Module, path: str) -> str:
+def decoder_around(model: nn.Module, path: str) -> str:
     """The nearest model around a rotary module: in most families its parent, in some a layer's attention holds it."""
     parent = path.rpartition(".")[0]
     around = parent

@@ -1,4 +1,4 @@
-"""RoFormer: angles in a table of sines and cosines, a row for every position, that is saved with the weights."""
+"""RoFormer, GPT-J, CodeGen: angles in a table of sines and cosines, with a row for every position."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rope_scaling.hf.rotary import Slot, remember
+from rope_scaling.hf.rotary import Slot, decoder_around, remember
 
 
-_MODULE = "RoFormerSinusoidalPositionalEmbedding"
-_MODEL_TYPE = "roformer"
+_TABLES = {
+    "RoFormerSinusoidalPositionalEmbedding": "weight",
+    "GPTJAttention": "embed_positions",
+    "CodeGenAttention": "embed_positions",
+}
+"""Classes that hold a table, and the name of it in them."""
+_MODEL_TYPES = ("roformer", "gptj", "codegen")
 _AS_TRAINED = {"rope_type": "default", "rope_theta": 10000.0}
-"""What RoFormer's code computes its table from; its config states nothing."""
+"""What the code of these families computes its tables from; their configs state nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,25 @@ class TableSlot(Slot):
         return self.owner
 
     @property
+    def in_config(self) -> bool:
+        """RoFormer saves its table with the weights; the others compute it from the config's length alone."""
+        return self._name == "weight"
+
+    @property
+    def table(self) -> torch.Tensor:
+        """Sines in the first half of every row, cosines in the second, `[T, R]`."""
+        return getattr(self.module, self._name).detach()
+
+    @property
     def inv_freq(self) -> torch.Tensor:
-        """The angles of position 1, `[R / 2]`, float32."""
-        sine, cosine = self.module.weight.detach()[1].float().chunk(2)
-        return torch.atan2(sine, cosine)
+        """The angles of position 1, `[R / 2]`, as exact as the table has them."""
+        sine, cosine = self.table[1].float().chunk(2)
+        return torch.atan2(sine, cosine).to(self.table.dtype)
 
     @property
     def attention_factor(self) -> float:
         """The cosine of position 0."""
-        return 1.0 if self.module.weight.is_meta else float(self.module.weight[0, -1])
+        return 1.0 if self.table.is_meta else float(self.table[0, -1])
 
     @property
     def rope_type(self) -> str:
@@ -48,45 +63,51 @@ class TableSlot(Slot):
 
     def set(self, inv_freq: torch.Tensor, attention_factor: float, length: int) -> None:
         """As of every slot; the table gets `length` rows."""
-        remember(self.module, "weight", "num_embeddings")
+        remember(self.module, self._name, *(["num_embeddings"] if self.in_config else []))
         self._write(inv_freq, attention_factor, length)
 
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
-        """As of every slot."""
-        self._write(inv_freq, attention_factor, self.config.max_position_embeddings)
+        """As of every slot; a table that no checkpoint can change is the pretrained one already."""
+        if self.in_config:
+            self._write(inv_freq, attention_factor, self.config.max_position_embeddings)
 
     def holds(self, inv_freq: torch.Tensor, attention_factor: float) -> bool:
         """As of every slot."""
-        wanted = _table(inv_freq, attention_factor, len(self.module.weight)).to(self.module.weight)
-        return torch.equal(self.module.weight, wanted)
+        return torch.equal(self.table, _table(inv_freq, attention_factor, len(self.table)).to(self.table))
 
     def default_frequencies(self, config: Any, **_: Any) -> tuple[torch.Tensor, float]:
-        """What RoFormer's own code computes, with the base of `config.rope_parameters`."""
-        width = config.hidden_size // config.num_attention_heads
+        """What the family's own code computes, with the base of `config.rope_parameters`."""
+        width = self.table.shape[-1]
         base = rope_parameters_of(config)["rope_theta"]
         return 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
 
+    @property
+    def _name(self) -> str:
+        return next(_TABLES[cls.__name__] for cls in type(self.module).__mro__ if cls.__name__ in _TABLES)
+
     def _write(self, inv_freq: torch.Tensor, attention_factor: float, rows: int) -> None:
-        weight = self.module.weight
-        table = _table(inv_freq, attention_factor, rows).to(device=weight.device, dtype=weight.dtype)
+        table = _table(inv_freq, attention_factor, rows).to(self.table)
+        if not self.in_config:
+            self.module.embed_positions = table
+            return
         self.module.weight = nn.Parameter(table, requires_grad=False)
         self.module.num_embeddings = rows
 
 
 def table_slots(model: nn.Module) -> list[Slot]:
-    """The tables of a model, one for every decoder or encoder in it."""
-    found = [(path, module) for path, module in model.named_modules() if type(module).__name__ == _MODULE]
-    around = [path.rpartition(".")[0].rpartition(".")[0] for path, _ in found]
-    return [
-        TableSlot(path, module, None, outer, model.get_submodule(outer).config)
-        for (path, module), outer in zip(found, around, strict=True)
-    ]
+    """The tables of a model: one for a decoder or encoder, or one for each of its layers."""
+    found = []
+    for path, module in model.named_modules():
+        if type(module).__name__ in _TABLES:
+            outer = decoder_around(model, path)
+            found.append(TableSlot(path, module, None, outer, model.get_submodule(outer).config))
+    return list(found)
 
 
 def rope_parameters_of(config: Any) -> Any:
     """`config.rope_parameters`, or what stands for them in a model whose config has none."""
     stated = getattr(config, "rope_parameters", None)
-    if stated is None and getattr(config, "model_type", None) == _MODEL_TYPE:
+    if stated is None and getattr(config, "model_type", None) in _MODEL_TYPES:
         return copy.deepcopy(_AS_TRAINED)
     return stated
 

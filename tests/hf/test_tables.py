@@ -1,10 +1,14 @@
-"""RoFormer keeps its angles in a table that is saved with the weights: a patch computes it anew, and longer."""
+"""RoFormer, GPT-J and CodeGen keep their angles in tables: a patch computes them anew, and longer."""
+
+import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from conftest import logits, token_ids
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, RoFormerConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, CodeGenConfig, GPTJConfig, RoFormerConfig
 
 import rope_scaling
 from references import formulas
@@ -78,3 +82,81 @@ def test_attention_is_out_of_reach():
     with pytest.raises(RopeScalingError, match="does not go through Transformers' attention interface"):
         rope_scaling.patch(model, "self_extend")
     assert torch.equal(logits(model, token_ids(TRAINED)), before)
+
+
+CODED = {"gptj": GPTJConfig, "codegen": CodeGenConfig}
+"""Families that save no table, and compute it from the length alone: no config can scale it."""
+ROTARY = 8
+
+
+@pytest.fixture(params=CODED)
+def coded(request):
+    torch.manual_seed(0)
+    config = CODED[request.param](
+        **{"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": TRAINED, "rotary_dim": ROTARY},
+        **{"initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2},
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tables(model):
+    return [layer.attn.embed_positions for layer in model.transformer.h]
+
+
+def test_every_layer_gets_the_table_of_the_formula(coded):
+    before, short = [table.clone() for table in tables(coded)], token_ids(TRAINED)
+    plain = logits(coded, short)
+    rope_scaling.patch(coded, "yarn", factor=4)
+    inv_freq, attention_factor = formulas.yarn(ROTARY, 10000.0, TRAINED, 4.0)
+    angles = np.arange(4 * TRAINED)[:, None] * np.array(inv_freq)
+    wanted = attention_factor * np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    for table in tables(coded):
+        assert np.allclose(table.numpy(), wanted, atol=1e-5)
+    assert logits(coded, token_ids(4 * TRAINED)).isfinite().all() and coded.config.n_positions == 4 * TRAINED
+    assert "plain Transformers refuses it" in str(rope_scaling.describe(coded))
+    rope_scaling.unpatch(coded)
+    assert torch.equal(logits(coded, short), plain) and coded.config.n_positions == TRAINED
+    assert all(torch.equal(table, old) for table, old in zip(tables(coded), before, strict=True))
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "mrrope_pro"])
+def test_a_saved_one_is_refused_by_plain_transformers_and_restored(method, coded, tmp_path):
+    activation, far = coded.config.activation_function, token_ids(3 * TRAINED)
+    rope_scaling.patch(coded, method, factor=4)
+    wanted = logits(coded, far)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        coded.save_pretrained(folder)
+        with pytest.raises(KeyError, match=r"load it with rope_scaling\.from_pretrained"):
+            AutoModelForCausalLM.from_pretrained(folder)
+        assert rope_scaling.diagnose(str(folder)).healthy, str(rope_scaling.diagnose(str(folder)))
+        coded = rope_scaling.from_pretrained(folder)
+        assert torch.equal(logits(coded, far), wanted) and rope_scaling.diagnose(coded).healthy
+    for again in (copy.deepcopy(coded), pickle.loads(pickle.dumps(coded))):
+        assert torch.equal(logits(again, far), wanted)
+    rope_scaling.unpatch(coded).save_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.config.activation_function == activation and plain.config.n_positions == TRAINED
+    assert torch.equal(tables(plain)[1], tables(coded)[1])
+
+
+def test_an_adapter_brings_the_scaling_along(coded, tmp_path):
+    base = copy.deepcopy(coded)
+    model = get_peft_model(rope_scaling.patch(coded, "yarn", factor=4), LoraConfig(target_modules=["fc_in"]))
+    rope_scaling.record_adapter(model)
+    model.save_pretrained(tmp_path)
+    again = rope_scaling.load_adapter(tmp_path, base)
+    assert torch.equal(logits(again, token_ids(3 * TRAINED)), logits(model, token_ids(3 * TRAINED)))
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp"])
+def test_no_config_tells_a_server_of_it(target, coded):
+    with pytest.raises(RopeScalingError, match=r"computes its angles in its code.*rope_scaling\.from_pretrained"):
+        rope_scaling.config_overrides(rope_scaling.patch(coded, "yarn", factor=4), target)
+
+
+def test_in_half_precision(coded):
+    coded.to(torch.bfloat16)
+    before = logits(coded, token_ids(TRAINED))
+    rope_scaling.patch(coded, "linear", factor=2)
+    assert tables(coded)[0].dtype == torch.bfloat16 and logits(coded, token_ids(2 * TRAINED)).isfinite().all()
+    assert torch.equal(logits(rope_scaling.unpatch(coded), token_ids(TRAINED)), before)
