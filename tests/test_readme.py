@@ -143,6 +143,16 @@ def test_benchmark_numbers_are_those_of_the_committed_rows():
                     assert f"{row[ratio]:.{digits}f}" in README + RESULTS + EVALUATION, row
 
 
+def test_counts_of_families_are_those_of_the_table():
+    table = (ROOT / "docs" / "families.md").read_text()
+    families, frequencies, distances, windows = re.search(
+        r"Of (\d+) causal .*: frequencies on (\d+), distances on (\d+), windows on (\d+)", table
+    ).groups()
+    assert distances == windows
+    assert f"Of {families} families that turn queries and keys" in " ".join(README.split())
+    assert f"frequencies can be changed on {frequencies}, attention on {distances};" in " ".join(README.split())
+
+
 def test_every_method_has_a_line_with_its_paper():
     for name, cls in METHODS.items():
         (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
