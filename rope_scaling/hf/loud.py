@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.pretrained import config_with
 from rope_scaling.hf.record import ACTIVATION_KEYS
 from rope_scaling.hf.rotary import Slot
@@ -25,20 +26,32 @@ def fail_in_plain_transformers(
     The name of the RoPE type carries the message. Configs that check this name against a list of their own (Phi-3)
     could not be saved with it, and families that compute their angles from no config never read it; there the name of
     the activation function does.
+
+    Raises:
+        RopeScalingError: the config states no activation function either.
     """
-    config = slots[0].config
-    activation = {name: MESSAGE for name in ACTIVATION_KEYS if hasattr(config, name)}
-    if not slots[0].in_config:
-        return {"rope_parameters": parameters, **activation}
     loud = copy.deepcopy(parameters)
     for slot in slots:
         loud = slot.with_part(loud, {**slot.part_of(loud), "rope_type": MESSAGE})
+    if slots[0].in_config and _taken(slots[0], loud, max_position_embeddings):
+        return {"rope_parameters": loud}
+    config = slots[0].config
+    activation = {name: MESSAGE for name in ACTIVATION_KEYS if hasattr(config, name)}
+    if not activation:
+        raise RopeScalingError(
+            f"A patched model of {type(config).__name__} could not be saved so that plain Transformers refuses it: it "
+            f"takes no other `rope_type` and has none of {', '.join(ACTIVATION_KEYS)}. The model was left as it was."
+        )
+    return {"rope_parameters": parameters, **activation}
+
+
+def _taken(slot: Slot, parameters: dict[str, Any], max_position_embeddings: int | None) -> bool:
     try:
         with unwarned():
-            config_with(slots[0], loud, max_position_embeddings)
+            config_with(slot, parameters, max_position_embeddings)
     except Exception:  # whatever the config class raises for a type that it does not take
-        return {"rope_parameters": parameters, **activation}
-    return {"rope_parameters": loud}
+        return False
+    return True
 
 
 @contextmanager
