@@ -149,7 +149,8 @@ def _positions(rows: int, length: int, past: int, given: torch.Tensor | None) ->
     if given.ndim != 2 or given.shape[1] != length or given.shape[0] not in (1, rows):
         raise RopeScalingError(
             f"`position_ids` must be one row of {length} positions, for each of {rows} rows or for all; got shape "
-            f"{tuple(given.shape)}. Positions of more than one axis are not supported."
+            f"{tuple(given.shape)}. Positions on more than one axis, as images have, are not supported: patch "
+            "with a frequency method, such as 'yarn'."
         )
     return given.detach().cpu().long()
 
