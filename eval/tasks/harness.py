@@ -177,17 +177,16 @@ def harness_tasks(names: Sequence[str], **settings: Any) -> list[HarnessTask]:
         RopeScalingError: lm-eval is not installed, or has no such task.
     """
     check_installed()
-    manager = _manager()
     members: list[str] = []
     for name in names:
-        if name == "ruler":
-            members += RULER
-        elif name in manager.all_subtasks:
+        if name in ("ruler", *RULER):
+            members += RULER if name == "ruler" else [name]
+        elif name in _manager().all_subtasks:
             members.append(name)
-        elif name in manager.all_groups or name in manager.all_tags:
-            members += sorted(manager.load([name])["tasks"])
+        elif name in _manager().all_groups or name in _manager().all_tags:
+            members += sorted(_manager().load([name])["tasks"])
         else:
-            raise unknown_name("lm-eval task", name, manager.all_tasks)
+            raise unknown_name("lm-eval task", name, _manager().all_tasks)
     return [HarnessTask(name=name, **settings) for name in dict.fromkeys(members)]
 
 
@@ -205,6 +204,18 @@ def _manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+@cache
+def _ruler_manager(length: int | None = None, tokenizer: str = "") -> Any:
+    """RULER's tasks alone: reading the thousands of others takes lm-eval half a minute."""
+    from lm_eval import tasks
+
+    return tasks.TaskManager(
+        include_path=str(Path(tasks.__file__).parent / "ruler"),
+        include_defaults=False,
+        metadata=None if length is None else {"max_seq_lengths": [length], "tokenizer": tokenizer},
+    )
 
 
 def _plain_task(name: str) -> Any:
@@ -234,7 +245,7 @@ def _ruler_task(name: str, documents: list[dict[str, Any]]) -> Any:
     if name in _ONE_IS_ENOUGH:
         given["process_results"] = _any_answer
     # Alone, a mapping would be a task of its own; as a member of a group, it changes lm-eval's task of that name.
-    return _manager().load([{"group": "given", "task": [given]}])["tasks"][name]
+    return _ruler_manager().load([{"group": "given", "task": [given]}])["tasks"][name]
 
 
 def _any_answer(document: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -307,10 +318,7 @@ def main(name: str, length: str, tokenizer: str, seed: str) -> None:
     torch.manual_seed(int(seed))
     out = os.dup(1)
     os.dup2(2, 1)  # generators print
-    from lm_eval.tasks import TaskManager
-
-    metadata = {"max_seq_lengths": [int(length)], "tokenizer": tokenizer}
-    task = TaskManager(metadata=metadata).load([name])["tasks"][name]
+    task = _ruler_manager(int(length), tokenizer).load([name])["tasks"][name]
     with os.fdopen(out, "w") as stream:
         stream.write(json.dumps(list(task.eval_docs)) + "\n")
 
