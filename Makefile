@@ -20,7 +20,7 @@ RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo tasks test oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
+.PHONY: demo tasks test slow oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
 
 demo: $(VENV)/.eval ## the embedded model, unpatched and under every method, at 1x to 8x: loss, and look-ups
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval --output runs/demo
@@ -32,6 +32,9 @@ tasks: demo ## what else the table of the embedded model holds: copies, context 
 
 test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip and say so
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(VENV)/.dev ## the tests that `make test` leaves out for their time
+	$(BIN)/python -m pytest -m slow
 
 oldest: ## the same tests on the oldest supported torch and Transformers
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

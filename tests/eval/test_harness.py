@@ -61,6 +61,7 @@ def test_every_length_is_made_and_scored(ruler):
     assert all("special magic number" in prompt for prompt in prompts)
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_documents_whatever_was_made_before(ruler):
     short = dataclasses.replace(CONFIG, lengths=[512])
     hashes = [
@@ -183,6 +184,7 @@ def test_a_missing_extra_is_named(monkeypatch):
         harness_tasks(["ruler"], tokenizer=TOKENIZER)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["harness", "--tasks", "ruler", "--model", "demo"])
