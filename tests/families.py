@@ -346,7 +346,8 @@ model of its own config class. `python tests/families.py` makes this table, and 
 *Works* means, for
 
 - **frequencies** (YaRN): logits past the trained length change, and a plain reload of the saved folder gives the same
-  (GPT-J and CodeGen read no frequencies from a config: a plain reload fails and names this library's, which does);
+  (GPT-J and CodeGen read no frequencies from a config: a plain reload fails and names this library's, which does;
+  their tables, and RoFormer's, are in the precision of the model);
 - **distances** (Self-Extend): the same with this library's reload; and all distances halved, in two spans, are what
   the model computes at half of all frequencies;
 - **windows**: keys beyond them change nothing;

@@ -208,7 +208,7 @@ def _manager() -> Any:
 
 @cache
 def _ruler_manager(length: int | None = None, tokenizer: str = "") -> Any:
-    """RULER's tasks alone: reading the thousands of others takes lm-eval half a minute."""
+    """RULER's tasks alone: reading the thousands of others takes lm-eval some twenty seconds."""
     from lm_eval import tasks
 
     return tasks.TaskManager(

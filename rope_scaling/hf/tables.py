@@ -25,7 +25,9 @@ _AS_TRAINED = {"rope_type": "default", "rope_theta": 10000.0}
 
 @dataclass(frozen=True)
 class TableSlot(Slot):
-    """Frequencies in the form of a table. A patch computes the table anew, with a row for every new position."""
+    """Frequencies in the form of a table. A patch computes the table anew, with a row for every new position, in the
+    precision of the model, as Transformers keeps it.
+    """
 
     owner: Any = field(default=None, compare=False)
     """The config that the table was built from."""
@@ -83,7 +85,7 @@ class TableSlot(Slot):
 
     @property
     def _name(self) -> str:
-        return next(_TABLES[cls.__name__] for cls in type(self.module).__mro__ if cls.__name__ in _TABLES)
+        return _TABLES[type(self.module).__name__]
 
     def _write(self, inv_freq: torch.Tensor, attention_factor: float, rows: int) -> None:
         table = _table(inv_freq, attention_factor, rows).to(self.table)
@@ -96,12 +98,12 @@ class TableSlot(Slot):
 
 def table_slots(model: nn.Module) -> list[Slot]:
     """The tables of a model: one for a decoder or encoder, or one for each of its layers."""
-    found = []
+    found: list[Slot] = []
     for path, module in model.named_modules():
         if type(module).__name__ in _TABLES:
             outer = decoder_around(model, path)
             found.append(TableSlot(path, module, None, outer, model.get_submodule(outer).config))
-    return list(found)
+    return found
 
 
 def rope_parameters_of(config: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import _COMMON
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rope_scaling
@@ -92,7 +93,7 @@ def losses(output):
 
 
 def test_a_run_leaves_a_model_that_stands_alone(place, tmp_path):
-    rows = run(place, tmp_path / "out", "evaluation.every=3")
+    rows = run(place, tmp_path / "out", "evaluation.every=3", "training.report_to=tensorboard")
     assert rows == read_rows(tmp_path / "out" / "rows.jsonl")
     assert {row["stage"] for row in rows} == {"unpatched", "before", "after"}
     assert rows[0]["trained_tokens"] == 6 * 4 * 128 and rows[0]["steps"] == 6 and rows[0]["target_length"] == 256
@@ -115,6 +116,11 @@ print(AutoTokenizer.from_pretrained({str(tmp_path / "out")!r}).model_max_length)
     logged = [row for row in state["log_history"] if "eval_nll_(1x,2x]" in row]
     assert [row["step"] for row in logged] == [3, 6]
     assert all("memory_gb" in row for row in state["log_history"])
+    curves = EventAccumulator(str(next((tmp_path / "out").rglob("events.out.tfevents.*")).parent)).Reload()
+    assert [point.step for point in curves.Scalars("eval/nll_(1x,2x]")] == [3, 6]
+    assert {point.step: point.value for point in curves.Scalars("train/loss")} == pytest.approx(
+        losses(tmp_path / "out")
+    )
     with pytest.raises(RopeScalingError, match="is finished. Give another"):
         run(place, tmp_path / "out")
 
@@ -173,10 +179,12 @@ def test_accumulation_and_two_processes_agree_with_one(place, tmp_path):
             assert loss == pytest.approx(wanted[step], abs=2e-4), (name, step)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", ["plain", "pose"])
-def test_killed_and_resumed_it_is_the_run_that_was_not(place, tmp_path, layout):
+def test_killed_and_resumed_it_is_the_run_that_was_not(place, tmp_path, layout, streaming):
     """`kill -9` some time after the first checkpoint; then the same losses, step by step, as without."""
     overrides = [f"data.layout={layout}", "data.sequence_length=64", "training.max_steps=40"]
+    overrides += [f"data.streaming={str(streaming).lower()}", "training.learning_rate=1e-3"]  # no chaos from rounding
     run(place, tmp_path / "whole", *overrides)
     output = tmp_path / "killed"
     process = launch(place, output, *overrides)
