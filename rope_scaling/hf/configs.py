@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.older_keys import keep_older_keys
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import ACTIVATION_KEYS
 from rope_scaling.hf.rotary import Slot
@@ -66,3 +67,4 @@ def set_config(model: nn.Module, slots: list[Slot], values: dict[str, Any], whol
                 delattr(config, name)
         for name in config_state(config).keys() - values.keys() if whole else ():
             delattr(config, name)
+        keep_older_keys(config)

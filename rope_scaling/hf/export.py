@@ -15,6 +15,7 @@ from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.hf.configs import config_of
 from rope_scaling.hf.extend import matches
+from rope_scaling.hf.older_keys import EXPORT_KEY, READ_BY_V4, V4, older_keys
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
@@ -23,7 +24,7 @@ from rope_scaling.hf.tables import rope_parameters_of
 
 TARGETS = {
     "transformers": "Transformers 5",
-    "transformers-v4": "Transformers 4.43 or later, and 5",
+    V4: "Transformers 4.43 or later, and 5",
     "vllm": "vLLM",
     "sglang": "SGLang",
     "llama.cpp": "llama.cpp",
@@ -37,7 +38,7 @@ _NEAREST = {
     "dynamic_longrope": "longrope",
 }
 _AS_THEY_ARE = {
-    "transformers-v4": {"default", "linear", "yarn", "llama3", "longrope"},
+    V4: READ_BY_V4,
     "vllm": {"default", "yarn", "llama3"},
     "sglang": {"default", "yarn", "llama3"},
     "llama.cpp": {"default", "linear", "yarn", "llama3"},
@@ -73,19 +74,7 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     if target == "transformers":
         return _plain({"rope_parameters": parameters, "max_position_embeddings": length})
     parameters = _portable(slots[0], parameters, target)
-    flat = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    overrides = {
-        "max_position_embeddings": length,
-        "rope_parameters": parameters,
-        "rope_theta": parameters["rope_theta"],
-        "rope_scaling": None if parameters["rope_type"] == "default" else flat,
-    }
-    if "partial_rotary_factor" in parameters:
-        overrides["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-    if parameters["rope_type"] == "longrope":
-        # Older readers, and servers, look for the first trained length beside the dict.
-        overrides["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
-    return _plain(overrides)
+    return _plain({"max_position_embeddings": length, "rope_parameters": parameters, **older_keys(parameters)})
 
 
 def check_exportable(model: nn.Module, target: str) -> None:
@@ -113,9 +102,7 @@ def check_exportable(model: nn.Module, target: str) -> None:
 def stated_as_it_is(parameters: dict[str, Any], target: str) -> bool:
     """Whether a target computes from RoPE parameters what Transformers computes."""
     kind = parameters["rope_type"]
-    return kind in _AS_THEY_ARE[target] and not (
-        kind == "yarn" and target != "transformers-v4" and _unusual(parameters)
-    )
+    return kind in _AS_THEY_ARE[target] and not (kind == "yarn" and target != V4 and _unusual(parameters))
 
 
 def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -> Path:
@@ -147,7 +134,7 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(staging)
-        _write_config(staging / "config.json", overrides)
+        _write_config(staging / "config.json", overrides | ({EXPORT_KEY: V4} if target == V4 else {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
             _rewrite(staging / "tokenizer_config.json", {"model_max_length": overrides["max_position_embeddings"]})
@@ -182,7 +169,7 @@ def _portable(slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, 
         raise RopeScalingError("This model has one set of factors for short texts and one for long ones: patch it.")
     factor = slot.config.max_position_embeddings / pretrained.geometry.original_max_position_embeddings
     lowered = longrope_parameters(pretrained.geometry, inv_freq, attention_factor, factor)
-    if target != "transformers-v4":
+    if target != V4:
         lowered |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
     kept = pretrained.other_parameters
     if pretrained.geometry.rotary_dim == pretrained.geometry.head_dim:
@@ -204,6 +191,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _write_config(path: Path, overrides: dict[str, Any]) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
+    saved.pop(EXPORT_KEY, None)
     if saved.get("rope_parameters") != overrides["rope_parameters"]:
         saved.pop(RECORD_KEY, None)  # it goes with the parameters it was made with
     _rewrite(path, overrides, saved)
@@ -220,7 +208,7 @@ def _card(model: Any, target: str, overrides: dict[str, Any]) -> str:
     length = overrides["max_position_embeddings"]
     commands = {
         "transformers": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        "transformers-v4": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        V4: 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
         "vllm": f"vllm serve THIS_FOLDER --max-model-len {length}",
         "sglang": f"python -m sglang.launch_server --model-path THIS_FOLDER --context-length {length}",
         "llama.cpp": (
@@ -228,6 +216,8 @@ def _card(model: Any, target: str, overrides: dict[str, Any]) -> str:
         ),
     }
     language = "python" if target.startswith("transformers") else "bash"
+    if target == V4:
+        commands[target] += "\n# to change it and save it again with the keys of both: rope_scaling.from_pretrained"
     return (
         f"# {type(model).__name__}, {length} tokens\n\nRotary position embedding: {methods}, written for "
         f"{TARGETS[target]} by rope-scaling.\n\n```{language}\n{commands[target]}\n```\n"

@@ -11,6 +11,7 @@ import torch
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.loud import is_loud, unwarned
+from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
 
@@ -64,6 +65,7 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
     """Loads a patched model that was saved with `save_pretrained`, with the patch in effect.
 
     What plain Transformers refuses to load, because a span method or a temperature lives in attention, this restores.
+    A checkpoint exported for Transformers 4 keeps the keys that are read there, whenever the model is saved again.
 
     Args:
         name (`str` or `Path`): A folder, or a hub id.
@@ -86,6 +88,11 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
         config = arguments.pop("config", None) or _fetch(AutoConfig.from_pretrained, name)
     text = config.get_text_config()
     record = getattr(text, RECORD_KEY, None)
+    load = (model_class or AutoModelForCausalLM).from_pretrained
+    if record is None and getattr(text, EXPORT_KEY, None) == V4:
+        model = _fetch(load, name, config=config, **arguments).eval()
+        keep_older_keys(model.config.get_text_config())
+        return model
     if record is None:
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
@@ -94,7 +101,6 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
     if is_loud(text):
         for key, value in pretrained.items():
             setattr(text, key, copy.deepcopy(value))
-    load = (model_class or AutoModelForCausalLM).from_pretrained
     return patch(_fetch(load, name, config=config, **arguments).eval())
 
 

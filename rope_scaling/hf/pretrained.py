@@ -11,6 +11,7 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
+from rope_scaling.hf.older_keys import without_older_keys
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.hf.tables import TableSlot, rope_parameters_of
@@ -126,7 +127,7 @@ def config_with(slot: Slot, rope_parameters: dict[str, Any], max_position_embedd
     Raises:
         Exception: whatever the config class raises for settings it does not take.
     """
-    values = slot.config.to_dict()
+    values = without_older_keys(slot.config.to_dict())
     values.pop(RECORD_KEY, None)
     values["rope_parameters"] = copy.deepcopy(rope_parameters)
     values.pop("max_position_embeddings", None)

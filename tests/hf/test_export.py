@@ -79,6 +79,54 @@ def test_overrides_for_a_server_that_has_the_weights():
     assert "rope_theta" not in overrides["rope_scaling"] and overrides["rope_theta"] == 10000.0
 
 
+@pytest.mark.parametrize("case", ["as it arrived", "linear", "ntk", "yarn", "mrrope_pro", "p_rope"])
+def test_what_was_written_for_transformers_4_keeps_both_forms_in_every_further_save(case, tmp_path):
+    model = make_model("llama3.1") if case == "as it arrived" else apply(make_model("llama"), case)
+    first = exported(model, tmp_path / "0", "transformers-v4")
+    for number in (1, 2):
+        again = rope_scaling.from_pretrained(tmp_path / str(number - 1))
+        again.save_pretrained(tmp_path / str(number))
+        saved = json.loads((tmp_path / str(number) / "config.json").read_text())
+        for key in ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"):
+            assert saved[key] == first[key], key
+        for reader in READERS["transformers-v4"]:
+            agree(reader, saved, rotary(model), model.config.max_position_embeddings)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / str(number)).eval()
+        assert torch.equal(logits(plain), logits(again)) and close(logits(plain), logits(model))
+
+
+def test_the_older_form_follows_what_is_patched_and_goes_where_it_cannot(tmp_path):
+    rope_scaling.export(make_model("llama"), tmp_path / "v4", "transformers-v4")
+    model = rope_scaling.from_pretrained(tmp_path / "v4")
+
+    def saved(name):
+        model.save_pretrained(tmp_path / name)
+        return json.loads((tmp_path / name / "config.json").read_text())
+
+    with rope_scaling.patched(model, "yarn", factor=4):
+        config = saved("yarn")
+        assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_theta"] == 10000.0
+        for reader in READERS["transformers-v4"]:
+            agree(reader, config, rotary(model), 256)
+        rope_scaling.patch(model, "ntk", factor=4)
+        config = saved("ntk")
+        assert config["rope_scaling"] is None and config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    with rope_scaling.patched(model, "self_extend"):
+        assert not {"rope_scaling", "rope_theta"} & saved("spans").keys()
+    assert saved("as it was")["rope_theta"] == 10000.0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "v4")
+    rope_scaling.export(plain, tmp_path / "vllm", "vllm")
+    assert "rope_scaling_export" not in json.loads((tmp_path / "vllm" / "config.json").read_text())
+
+
+def test_the_doctor_tells_that_plain_transformers_left_the_older_form_out(tmp_path):
+    rope_scaling.export(rope_scaling.patch(make_model("llama"), "yarn", factor=4), tmp_path / "v4", "transformers-v4")
+    assert "RS301" not in str(rope_scaling.diagnose(str(tmp_path / "v4"), targets="transformers-v4"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "v4").save_pretrained(tmp_path / "plain")
+    said = " ".join(str(rope_scaling.diagnose(str(tmp_path / "plain"), targets="transformers-v4")).split())
+    assert "RS301" in said and "before plain Transformers 5 saved it again" in said
+
+
 def test_layer_types_go_to_transformers_only(tmp_path):
     model = rope_scaling.patch(make_model("gemma3"), "yarn", factor=4)
     rope_scaling.export(model, tmp_path / "out", "transformers")

@@ -10,6 +10,7 @@ from rope_scaling.hf.doctor.findings import NOTE, Finding, found
 from rope_scaling.hf.doctor.settings import same
 from rope_scaling.hf.doctor.sources import Source
 from rope_scaling.hf.export import TARGETS, config_overrides
+from rope_scaling.hf.older_keys import EXPORT_KEY, V4
 
 
 _READ_THE_OLD_FORM = {"transformers-v4": "Transformers 4", "sglang": "SGLang"}
@@ -31,7 +32,7 @@ def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterato
                 "RS301",
                 f"The settings stand in `rope_parameters` only, a key that {_READ_THE_OLD_FORM[target]} did not "
                 f"always read: it takes base 10000 then, in the place of {needed['rope_theta']:g}, and no scaling.",
-                f"`rope-scaling export MODEL --target {target} --out DIR` writes both forms.",
+                f"`rope-scaling export MODEL --target {target} --out DIR` writes both forms{_kept(source)}.",
                 level,
             )
         stated = {"rope_theta": source.text.get("rope_theta"), "rope_type": "default", **source.stated}
@@ -46,6 +47,15 @@ def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterato
                 f"`rope-scaling export MODEL --target {target} --out DIR` writes what it computes rightly.",
                 level,
             )
+
+
+def _kept(source: Source) -> str:
+    if source.text.get(EXPORT_KEY) != V4:
+        return ""
+    return (
+        ", as it did for this checkpoint before plain Transformers 5 saved it again; save it from "
+        "`rope_scaling.from_pretrained` to keep them"
+    )
 
 
 def _old_form(source: Source, needed: dict[str, Any]) -> bool:
