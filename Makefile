@@ -16,11 +16,13 @@ REAL_TASKS_32K = --task niah_multikey:trials=1 --task perplexity --task context_
 	$(addprefix --method ,self_extend angle_clip+log_n rerope+log_n dual_chunk)
 REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n)
 CONSTRAINTS ?= constraints.txt
+OLDEST_TRANSFORMERS = $(VENV)/oldest-transformers
+HOST_TESTS = tests/hf tests/attention --ignore=tests/hf/test_sharded.py --ignore=tests/hf/test_gguf.py
 RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo tasks test slow oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
+.PHONY: demo tasks test slow host oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
 
 demo: $(VENV)/.eval ## the embedded model, unpatched and under every method, at 1x to 8x: loss, and look-ups
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval --output runs/demo
@@ -36,11 +38,13 @@ test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip 
 slow: $(VENV)/.dev ## the tests that `make test` leaves out for their time
 	$(BIN)/python -m pytest -m slow
 
+host: $(OLDEST_TRANSFORMERS)/.done ## the tests of what meets Transformers, on the oldest supported one
+	PYTHONPATH=$(OLDEST_TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(HOST_TESTS)
+
 oldest: ## the same tests on the oldest supported torch and Transformers
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-newest: ## the same tests on the newest Transformers there is
-	sed '/^transformers==/d;/^tokenizers==/d' $(CONSTRAINTS) > .constraints-newest.txt
+newest: .constraints-newest.txt ## the same tests on the newest Transformers there is
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt
 
 lint: $(VENV)/.dev ## format, lint and types
@@ -95,6 +99,16 @@ clean:
 $(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools
+	touch $@
+
+.constraints-newest.txt: constraints.txt
+	sed '/^transformers==/d;/^tokenizers==/d' constraints.txt > $@
+
+# Beside the rest, not in its place: found first on the path, it takes seconds to set up.
+$(OLDEST_TRANSFORMERS)/.done: $(VENV)/.dev .constraints-newest.txt constraints-oldest.txt
+	rm -rf $(OLDEST_TRANSFORMERS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c .constraints-newest.txt \
+		--target $(OLDEST_TRANSFORMERS) "$$(grep '^transformers==' constraints-oldest.txt)"
 	touch $@
 
 $(VENV)/.eval: $(VENV)/.torch $(SETUP)

@@ -31,6 +31,7 @@ from rope_scaling import (
     SelfExtend,
     Yarn,
 )
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.texts import read_texts
 
@@ -96,12 +97,12 @@ def ask(model: torch.nn.Module, tokenizer, filler: list[int], length: int, hayst
     ids = torch.tensor([text + filler[last:]])
     cache = DynamicCache(config=model.config)
     for part in ids.split(CHUNK, dim=1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **{CACHE_NAME: cache}, logits_to_keep=1)
     scores, correct = [], 0
     for name, code in codes.items():
         question, answer = encode(f"\nThe secret code of {name} is"), encode(f" {code}.")[:-1]
         tail = torch.tensor([question + answer])
-        logits = model(tail, past_key_values=cache).logits[0, len(question) - 1 : -1].float()
+        logits = model(tail, **{CACHE_NAME: cache}).logits[0, len(question) - 1 : -1].float()
         cache.crop(-tail.shape[1])
         wanted = torch.tensor(answer)
         scores.append(torch.log_softmax(logits, -1).gather(1, wanted[:, None]).mean().item())

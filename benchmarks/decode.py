@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import rope_scaling
 from rope_scaling import AngleClip, DualChunk, DynamicYarn, LmInfinite, ReRope, SelfExtend
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import load_model
 
 
@@ -67,7 +68,7 @@ def decode(model: torch.nn.Module, twin: torch.nn.Module, method: object) -> dic
     for step in range(TOKENS + 2):
         for is_patched in (False, True) if step % 2 else (True, False):
             start = time.perf_counter()
-            (twin if is_patched else model)(ids, past_key_values=patched if is_patched else stock)
+            (twin if is_patched else model)(ids, **{CACHE_NAME: patched if is_patched else stock})
             seconds = time.perf_counter() - start
             if step >= 2:
                 times[is_patched].append(seconds)
@@ -91,7 +92,7 @@ def streaming() -> dict:
     times, memory = [], []
     for step in range(STREAMED):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = model(token, **{CACHE_NAME: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
         times.append(time.perf_counter() - start)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         if step % 2000 == 1999:

@@ -32,6 +32,7 @@ from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.tasks.base import Source
 from rope_scaling.eval.tasks.niah import NiahMultikey
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.texts import read_texts
 
@@ -192,7 +193,7 @@ def bare_forward(model: torch.nn.Module, ids: torch.Tensor, chunk_size: int, kee
     for start in range(0, ids.shape[1], chunk_size):
         piece = ids[:, start : start + chunk_size]
         positions = torch.arange(start, start + piece.shape[1])[None]
-        model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        model(input_ids=piece, position_ids=positions, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=keep)
 
 
 def memory() -> list[dict]:

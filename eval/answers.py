@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rope_scaling.hf.host import cache_argument
+
 
 _CACHED_TOKENS = 1 << 16
 """Questions on one text go through the model together as long as their copies of the cache hold no more than this."""
@@ -147,7 +149,7 @@ class _Reader:
     def _forward(self, ids: torch.Tensor, start: int, cache: Any, **arguments: Any) -> torch.Tensor:
         ids = ids.to(self.model.device)
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
-        given = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        given = {"input_ids": ids, "position_ids": positions, cache_argument(self.model): cache, "use_cache": True}
         return self.model(**given, **arguments).logits
 
     def _croppable(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.host import cache_argument
 from rope_scaling.hf.rotary import rotary_slots
 
 
@@ -44,8 +45,8 @@ def nll_curve(model: Any, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
         logits = model(
             input_ids=ids[:, start:end],
             position_ids=torch.arange(start, end, device=ids.device)[None].expand(rows, -1),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(model): cache},
         ).logits
         targets = ids[:, start + 1 : end + 1]
         losses.append(_cross_entropy(logits.flatten(0, 1), targets.flatten()).view(rows, -1).cpu())

@@ -90,6 +90,33 @@ def strong(family):
     return make_model(family, initializer_range=0.15, **changes.get(family, {}))
 
 
+def other_family(name, **changes):
+    values = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": TRAINED_LENGTH,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**values | changes)).eval()
+
+
+OTHER_FAMILIES = {
+    "neighbours, part of the head": lambda: other_family("GlmConfig", head_dim=16, partial_rotary_factor=0.5),
+    "neighbours": lambda: other_family("CohereConfig"),
+    "some layers do not turn": lambda: other_family("SmolLM3Config"),
+    "part of the head": lambda: strong("phi"),
+    "learned sinks": lambda: other_family("GptOssConfig", head_dim=16, num_local_experts=4, sliding_window=32),
+    "soft-capped scores": lambda: make_model("gemma2", initializer_range=0.15, sliding_window=48),
+    "mixture of experts": lambda: other_family("Qwen2MoeConfig"),
+}
+
+
 def apply(model, case):
     """The model under a case of a method or of several, by its name in the tables of cases."""
     pairs = len(getattr(rotary(model), "inv_freq", getattr(rotary(model), "full_attention_inv_freq", None)))

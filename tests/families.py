@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 import rope_scaling
-from rope_scaling import RopeScalingError, SlidingWindow, Span, SpanMethod
+from rope_scaling import RopeScalingError, SelfExtend, SlidingWindow, Span, SpanMethod
 
 
 ENCODERS = {model_type: name for model_type, name in MASKED.items() if model_type not in DECODERS}
@@ -30,6 +30,7 @@ LENGTH = 150
 WINDOW = 8
 _SMALL = {
     **dict.fromkeys(("vocab_size", "hidden_size", "d_model", "n_embd", "vocab_size_per_layer_input"), 64),
+    **dict.fromkeys(("unpadded_vocab_size",), 64),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size"), 96),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_experts_per_tok", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
@@ -73,6 +74,8 @@ _LARGE = {
     "blt": "four configs of different widths inside one",
     "phi4_multimodal": "vision and audio parts of fixed size",
 }
+_TABLES = {"codegen", "gptj"}
+"""They read no further than their table of angles, so it is longer here, and what acts on far keys begins earlier."""
 _STATELESS = {"recurrent_gemma"}
 """No trained length in the config; it is passed."""
 
@@ -181,6 +184,8 @@ def patch(model, *method, **arguments):
     """Patches, passing a trained length to a family that has none."""
     if model.config.model_type in _STATELESS:
         arguments["original_max_position_embeddings"] = TRAINED
+    if model.config.model_type in _TABLES and "factor" not in arguments:
+        arguments["target_length"] = 1024
     return rope_scaling.patch(model, *method, **arguments)
 
 
@@ -249,7 +254,7 @@ def _loaded(model, folder, refused=False):
 
 
 def _distances(model, before, steady):
-    patch(model, "self_extend")
+    patch(model, SelfExtend(window=TRAINED // 2))
     try:
         after = logits(model)
         assert not alike(after, before), "nothing changed"
@@ -259,8 +264,9 @@ def _distances(model, before, steady):
             assert alike(logits(_loaded(model, folder, refused=True)), after), "saved and loaded"
     finally:
         rope_scaling.unpatch(model)
-    with rope_scaling.patched(model, Halved(), **_stated(model)):
-        halved = logits(model)
+    patch(model, Halved())
+    halved = logits(model)
+    rope_scaling.unpatch(model)
     try:
         patch(model, "linear", factor=2)
     except RopeScalingError:
@@ -306,10 +312,6 @@ def _both_sides(model, after):
 
 def _recurs(model):
     return any(re.search("mamba|recurrent|conv|rwkv|deltanet", type(m).__name__, re.I) for m in model.modules())
-
-
-def _stated(model):
-    return {"original_max_position_embeddings": TRAINED} if model.config.model_type in _STATELESS else {}
 
 
 @torch.no_grad()

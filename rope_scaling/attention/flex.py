@@ -41,29 +41,51 @@ def flex_span_attention(
     parts = []
     for index, span in enumerate(plan.spans):
         turned = _turned(query, plan, span, True), _turned(key, plan, span, False)
-        out, aux = _kernel(query.device.type)(
-            *turned,
-            value,
-            score_mod=None if softcap is None else _soft_capped(softcap),
-            block_mask=_block_mask(plan, index, query, key),
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
-        parts.append((out, aux.lse))
+        parts.append(one_span(*turned, value, _block_mask(plan, index, query, key), scaling, softcap))
+    return merged(parts, sinks).to(query.dtype)
+
+
+def one_span(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_mask: BlockMask,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of the keys of one span, turned already."""
+    out, aux = _kernel(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _soft_capped(softcap),
+        block_mask=block_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return out, aux.lse
+
+
+def merged(parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | None) -> torch.Tensor:
+    """The exact output from those of all spans, each with its log-sum-exp."""
     lse = torch.logsumexp(torch.stack([its for _, its in parts]), 0)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse)[None, :, None])
     # Where a query sees nothing in a span, both are -inf and its share is 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     shares = [torch.exp(its - lse)[..., None] for _, its in parts]
-    merged = sum(out * share for (out, _), share in zip(parts, shares, strict=True))
-    return merged.to(query.dtype)  # type: ignore[union-attr]
+    return sum(out * share for (out, _), share in zip(parts, shares, strict=True))  # type: ignore[return-value]
+
+
+def _kernel(device: str) -> Any:
+    # In a graph that is being compiled, FlexAttention is compiled with the rest.
+    return flex_attention if device != "cuda" or torch.compiler.is_compiling() else _compiled()
 
 
 @cache
-def _kernel(device: str) -> Any:
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from rope_scaling.attention.flex import flex_span_attention
 from rope_scaling.attention.plan import Plan
@@ -26,7 +26,9 @@ from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.both_ways import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
+from rope_scaling.hf.host import cache_argument, take_cache
 from rope_scaling.hf.program import SpanProgram
+from rope_scaling.hf.traced import TracedCall, trace, traceable
 
 
 NAME = "rope_scaling"
@@ -74,6 +76,12 @@ class Call:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of one layer by the fastest engine that can do it, `[B, H, T, d]`."""
+        if self.cache is None and key.shape[2] != self.length:
+            raise RopeScalingError(
+                f"Attention of layer {layer} got {key.shape[2]} keys in a call of {self.length} tokens, but the "
+                "decoder got no cache under a name known here, so where those keys stand is not known. Pass the cache "
+                "to the decoder's forward call; if Transformers is newer than this library, please report its version."
+            )
         plan = self.plan(layer)
         if query.device.type == "cuda" and not dropout and self.length > _FEW:
             return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
@@ -116,7 +124,6 @@ class DecoderHook:
     def __init__(self, program: SpanProgram, before: str):
         self.program, self.before = program, before
 
-    @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         inputs = kwargs.get("input_ids")
@@ -133,8 +140,17 @@ class DecoderHook:
                 "`output_attentions=True`: a patched model's attention never holds its probabilities. `unpatch` the "
                 "model to look at them."
             )
+        cache = take_cache(module, kwargs)
+        if torch.compiler.is_dynamo_compiling() and traceable(inputs, cache, _keeps(module, kwargs)):
+            kwargs[CALL] = trace(self.program, inputs, cache, kwargs.get("position_ids"), _mask_of(kwargs))
+            return (), kwargs
+        return self._read(module, inputs, cache, kwargs)
+
+    @torch.compiler.disable
+    def _read(
+        self, module: Any, inputs: torch.Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
         rows, length = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         documents = read_documents(rows, length, past, kwargs.get("position_ids"), _mask_of(kwargs))
         self.program.warn_beyond_reach(max((int(d.positions[-1]) + 1 for d in documents), default=0))
@@ -142,11 +158,11 @@ class DecoderHook:
             if cache is not None:
                 raise RopeScalingError(
                     "`position_ids` restart or skip ahead, and a cache does not hold the positions of its keys. Leave "
-                    "`past_key_values` out, or give one document a row."
+                    f"`{cache_argument(module)}` out, or give one document a row."
                 )
             kwargs["use_cache"] = False
         else:
-            cache = kwargs["past_key_values"] = self._cache(module, cache, kwargs, documents)
+            cache = kwargs[cache_argument(module)] = self._cache(module, cache, kwargs, documents)
         call = Call(self.program, documents, [], length)
         if cache is not None:
             call.cache, call.past = cache, past
@@ -168,17 +184,19 @@ class DecoderHook:
         if not any(bounds):
             return cache
         if cache is None:
-            wanted = kwargs.get("use_cache")
-            wanted = getattr(module.config, "use_cache", False) if wanted is None else wanted
-            if not wanted or (torch.is_grad_enabled() and module.training) or self.program.silent:
+            if not _keeps(module, kwargs) or (torch.is_grad_enabled() and module.training) or self.program.silent:
                 return None  # recurrent layers need caches of the model's own making
-            from transformers import DynamicCache
-
             cache = DynamicCache(config=module.config)
         if can_retain(cache):
             padding = max((document.first_slot for document in documents), default=0)
             retain(cache, [bound and (bound[0] + padding, bound[1]) for bound in bounds])
         return cache
+
+
+def _keeps(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the call is to give back a cache."""
+    wanted = kwargs.get("use_cache")
+    return bool(getattr(module.config, "use_cache", False) if wanted is None else wanted)
 
 
 def _mask_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -192,7 +210,6 @@ def _mask_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
     return mask
 
 
-@torch.compiler.disable
 def span_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -240,6 +257,22 @@ def span_attention(
                 "support. Frequency methods work with it."
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(call, TracedCall):
+        out = call.attend(module.layer_idx, query, key, value, scaling, dropout, softcap, s_aux)  # type: ignore[arg-type]
+    else:
+        out = _attend(module, call, query, key, value, scaling, dropout, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _attend(
+    module: nn.Module,
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *settings: Any,
+) -> torch.Tensor:
     noted = NOTED.get()
     layer: Any = getattr(module, "layer_idx", None) if noted and noted.both_ways else module.layer_idx
     device = query.device.type
@@ -247,8 +280,7 @@ def span_attention(
         # As stock attention does; the model may hand over queries in float32 and values in bfloat16.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
-        out = call.attend(layer, query, key, value, scaling, dropout, softcap, s_aux)
-    return out.transpose(1, 2).contiguous(), None
+        return call.attend(layer, query, key, value, *settings)
 
 
 @dataclass
@@ -283,7 +315,7 @@ def no_mask(
             "This model overlays its causal mask with a pattern of its own, which spans cannot express. Frequency "
             "methods work on it."
         )
-    noted = NOTED.get()
+    noted = None if torch.compiler.is_dynamo_compiling() else NOTED.get()  # no graph holds a context variable
     if noted is not None:
         if local_size:
             noted.windows.add(local_size)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.training.loss import chunked_cross_entropy
 
 
@@ -111,7 +112,7 @@ def _chunked_forward(causal: Any, stock: Callable, chunk_size: int) -> Callable:
             ignore_index=ignore_index,
             chunk_size=chunk_size,
         )
-        return CausalLMOutputWithPast(loss=loss, past_key_values=getattr(outputs, "past_key_values", None))
+        return CausalLMOutputWithPast(loss=loss, **{CACHE_NAME: getattr(outputs, CACHE_NAME, None)})
 
     return forward
 

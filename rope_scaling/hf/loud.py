@@ -32,7 +32,8 @@ def fail_in_plain_transformers(
     """
     loud = copy.deepcopy(parameters)
     for slot in slots:
-        loud = slot.with_part(loud, {**slot.part_of(loud), "rope_type": MESSAGE})
+        # Attention of DeepSeek's kin, up to Transformers 5.23, asks for the factor of every type before its name.
+        loud = slot.with_part(loud, {"factor": 1.0, **slot.part_of(loud), "rope_type": MESSAGE})
     if slots[0].in_config and _taken(slots[0], loud, max_position_embeddings):
         return {"rope_parameters": loud}
     config = slots[0].config

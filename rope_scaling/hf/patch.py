@@ -265,6 +265,11 @@ def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original
     pretrained = read_pretrained(slot, settings, original_length)
     _check_as_configured(slot, pretrained)
     if wanted.frequency is None:
+        if wanted.target_length is None and not slot.in_config:
+            raise RopeScalingError(
+                f"{type(slot.module).__name__} looks its angles up in a table with a row for every position, which "
+                f"has {pretrained.reach}. Say how far to read: `patch(..., target_length={2 * pretrained.reach})`."
+            )
         own_target = max(wanted.target_length or 0, pretrained.reach)
         return Patch(None, own_target, pretrained, as_it_arrived(pretrained))
     own_target = target_length(pretrained, wanted.frequency, wanted.target_length)

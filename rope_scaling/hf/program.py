@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -13,6 +15,11 @@ from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.spans import Rope, Span, SpanMethod, compose, plain
 from rope_scaling.spans.base import check_spans, same_chunk, within
 from rope_scaling.temperatures import Temperature
+
+
+PROGRAMS: WeakValueDictionary[int, SpanProgram] = WeakValueDictionary()
+"""All that there are, by number, for graphs that cannot hold them."""
+_NUMBERS = count()
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class SpanProgram:
         return self  # nothing in it changes, and copies of a model carry the same patch
 
     def _work_out(self) -> None:
+        self.number = next(_NUMBERS)
+        PROGRAMS[self.number] = self
         self.kinds: dict[Hashable, Kind] = {}
         self.kind_of: list[Hashable] = []
         for index, layer in enumerate(self.layers):

@@ -15,9 +15,11 @@ from rope_scaling.hf.rotary import Slot, decoder_around, remember
 _TABLES = {
     "RoFormerSinusoidalPositionalEmbedding": "weight",
     "GPTJAttention": "embed_positions",
+    "GPTJRotaryEmbedding": "embed_positions",
     "CodeGenAttention": "embed_positions",
+    "CodeGenRotaryEmbedding": "embed_positions",
 }
-"""Classes that hold a table, and the name of it in them."""
+"""Classes that hold a table, and the name of it in them; GPT-J's and CodeGen's was in attention before 5.24."""
 _MODEL_TYPES = ("roformer", "gptj", "codegen")
 _AS_TRAINED = {"rope_type": "default", "rope_theta": 10000.0}
 """What the code of these families computes its tables from; their configs state nothing."""
@@ -100,7 +102,8 @@ def table_slots(model: nn.Module) -> list[Slot]:
     """The tables of a model: one for a decoder or encoder, or one for each of its layers."""
     found: list[Slot] = []
     for path, module in model.named_modules():
-        if type(module).__name__ in _TABLES:
+        name = _TABLES.get(type(module).__name__)
+        if name is not None and hasattr(module, name):
             outer = decoder_around(model, path)
             found.append(TableSlot(path, module, None, outer, model.get_submodule(outer).config))
     return found

@@ -6,6 +6,7 @@ from conftest import apply, left_padded, logits, strong, token_ids
 
 from cases import METHOD_CASES
 from rope_scaling import METHODS, RopeScalingError
+from rope_scaling.hf.host import CACHE_NAME
 from span_cases import SPAN_CASES, methods_of
 
 
@@ -20,8 +21,8 @@ STEPS = [40, 7, *[1] * 30, 60, *[1] * 10, 23]
 def in_steps(model, ids, steps, **arguments):
     cache, outs, start = None, [], 0
     for step in steps:
-        out = model(ids[:, start : start + step], past_key_values=cache, use_cache=True, **arguments)
-        cache, start = out.past_key_values, start + step
+        out = model(ids[:, start : start + step], **{CACHE_NAME: cache}, use_cache=True, **arguments)
+        cache, start = out[CACHE_NAME], start + step
         outs.append(out.logits)
     assert start == ids.shape[1]
     return torch.cat(outs, dim=1)
@@ -78,9 +79,9 @@ def test_a_padded_batch_in_steps_whatever_positions_the_caller_counts(case):
             end = start + step
             some = {name: value[:, start:end] for name, value in given.items()}
             with torch.no_grad():
-                more = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+                more = {"attention_mask": mask[:, :end], CACHE_NAME: cache, "use_cache": True}
                 out = model(ids[:, start:end], **more, **some)
-            cache, start = out.past_key_values, end
+            cache, start = out[CACHE_NAME], end
             outs.append(out.logits)
         for row, one in zip(torch.cat(outs, dim=1), alone, strict=True):
             assert difference(row[-len(one) :], one) < TOLERANCE
@@ -88,7 +89,7 @@ def test_a_padded_batch_in_steps_whatever_positions_the_caller_counts(case):
 
 def test_what_cannot_hold_it_refuses():
     model = apply(strong("llama"), "rerope")
-    cache = model(token_ids(20), use_cache=True).past_key_values
+    cache = model(token_ids(20), use_cache=True)[CACHE_NAME]
     packed = torch.cat([torch.arange(5), torch.arange(5)])[None]
     with pytest.raises(RopeScalingError, match="restart or skip ahead in a call on top of a cache"):
-        model(token_ids(10), past_key_values=cache, position_ids=packed)
+        model(token_ids(10), **{CACHE_NAME: cache}, position_ids=packed)

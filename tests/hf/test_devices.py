@@ -6,6 +6,7 @@ from conftest import apply, logits, make_model, rotary, strong, token_ids
 from transformers import DynamicCache
 
 import rope_scaling
+from rope_scaling.hf.host import CACHE_NAME
 from span_cases import SPAN_CASES
 
 
@@ -53,5 +54,5 @@ def test_spans_on_a_gpu_are_those_of_a_cpu(case):
     found = logits(model, ids.cuda(), use_cache=False).cpu()
     assert torch.allclose(found, wanted, atol=1e-3)
     cache = DynamicCache(config=model.config, offloading=True)
-    steps = [logits(model, part.cuda(), past_key_values=cache).cpu() for part in ids.split(50, dim=1)]
+    steps = [logits(model, part.cuda(), **{CACHE_NAME: cache}).cpu() for part in ids.split(50, dim=1)]
     assert torch.allclose(torch.cat(steps, dim=1), wanted, atol=1e-3)

@@ -28,6 +28,7 @@ from transformers import (
 
 import rope_scaling
 from rope_scaling import RopeScalingError
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import model_source
 
 
@@ -95,7 +96,7 @@ def test_quantized_caches(method):
         layer._quantize, layer._dequantize = (lambda tensor, axis: tensor.clone()), (lambda tensor: tensor)
     with torch.no_grad():
         pieces = [
-            model(piece, past_key_values=cache).logits for piece in (tokens[:, :100], *tokens[:, 100:].split(1, 1))
+            model(piece, **{CACHE_NAME: cache}).logits for piece in (tokens[:, :100], *tokens[:, 100:].split(1, 1))
         ]
     assert off(torch.cat(pieces, 1), logits(model, tokens)) < 1e-5
     arguments = {

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 import rope_scaling
 from cases import METHOD_CASES
 from rope_scaling import RopeScalingError, SlidingWindow
+from rope_scaling.hf.host import CACHE_NAME
 from span_cases import SPAN_CASES
 
 
@@ -58,9 +59,9 @@ def test_caches(case):
     ids = token_ids(PROMPT)
     wanted = chosen(model, ids, NEW)
     assert torch.equal(generate(model, ids, cache_implementation="static"), wanted)
-    assert torch.equal(generate(model, ids, past_key_values=StaticCache(model.config, max_cache_len=120)), wanted)
-    assert torch.equal(generate(model, ids, past_key_values=DynamicCache(config=model.config)), wanted)
-    assert torch.equal(generate(model, ids, past_key_values=DynamicCache()), wanted)
+    assert torch.equal(generate(model, ids, **{CACHE_NAME: StaticCache(model.config, max_cache_len=120)}), wanted)
+    assert torch.equal(generate(model, ids, **{CACHE_NAME: DynamicCache(config=model.config)}), wanted)
+    assert torch.equal(generate(model, ids, **{CACHE_NAME: DynamicCache()}), wanted)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
@@ -88,12 +89,12 @@ def test_a_cache_is_reused_cropped_and_copied(case):
     @torch.no_grad()
     def go_on(cache, start, stop):
         return torch.cat(
-            [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(start, stop)], dim=1
+            [model(ids[:, at : at + 1], **{CACHE_NAME: cache}).logits for at in range(start, stop)], dim=1
         )
 
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :80], past_key_values=cache)
+        model(ids[:, :80], **{CACHE_NAME: cache})
     assert close(go_on(cache, 80, 100), wanted[:, 80:100])
     other = copy.deepcopy(cache)
     assert close(go_on(cache, 100, 110), wanted[:, 100:110])
@@ -105,11 +106,11 @@ def test_a_cache_is_reused_cropped_and_copied(case):
     if cache.get_seq_length():
         cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        assert close(model(ids[:, :50], past_key_values=cache).logits, wanted[:, :50])
+        assert close(model(ids[:, :50], **{CACHE_NAME: cache}).logits, wanted[:, :50])
     assert close(go_on(cache, 50, 70), wanted[:, 50:70])
     cache.batch_repeat_interleave(3)
     with torch.no_grad():
-        out = model(ids[:, 70:71].expand(3, -1), past_key_values=cache).logits
+        out = model(ids[:, 70:71].expand(3, -1), **{CACHE_NAME: cache}).logits
     assert close(out, wanted[:, 70:71].expand(3, -1, -1))
 
 
@@ -122,9 +123,9 @@ def test_a_static_cache_is_used_again_for_a_text_of_the_same_length(guard):
         for seed, first in ((0, 100), (1, 101)):
             ids = token_ids(104, seed=seed)
             wanted = model(ids, use_cache=False).logits
-            outs = [model(ids[:, :first], past_key_values=cache).logits]
+            outs = [model(ids[:, :first], **{CACHE_NAME: cache}).logits]
             while first < (101 if seed == 0 else 104):
-                outs.append(model(ids[:, first : first + 1], past_key_values=cache).logits)
+                outs.append(model(ids[:, first : first + 1], **{CACHE_NAME: cache}).logits)
                 first += 1
             assert close(torch.cat(outs, dim=1), wanted[:, :first])
             cache.reset()
@@ -134,10 +135,10 @@ def test_a_cache_that_forgot_too_much_for_another_patch():
     model = apply(strong("llama"), "streaming")
     ids = token_ids(200)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE_NAME]
         apply(model, "rerope")
         with pytest.raises(RopeScalingError, match="filled under another patch and holds the first 4 and the last 28"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE_NAME: cache})
 
 
 def test_windows_keep_a_cache_of_constant_size():
@@ -148,7 +149,7 @@ def test_windows_keep_a_cache_of_constant_size():
     wanted = logits(model, ids, use_cache=False)
     with torch.no_grad():
         for at in range(400):
-            out = model(ids[:, at : at + 1], past_key_values=cache).logits
+            out = model(ids[:, at : at + 1], **{CACHE_NAME: cache}).logits
             assert (out[0, 0] - wanted[0, at]).abs().max() < 1e-4
             sizes.append(cache.layers[0].keys.shape[-2])
     assert max(sizes) <= 4 + 28 + 64 + 14 and cache.get_seq_length() == 400
@@ -167,9 +168,9 @@ def test_turned_keys_are_turned_once(monkeypatch):
     monkeypatch.setattr(cache_module, "turn", lambda x, *rest: turned.append(x.shape[2]) or original(x, *rest))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :110], past_key_values=cache)
+        model(ids[:, :110], **{CACHE_NAME: cache})
         for at in range(110, 120):
-            model(ids[:, at : at + 1], past_key_values=cache)
+            model(ids[:, at : at + 1], **{CACHE_NAME: cache})
     assert turned == [79, 79, *[1] * 18]  # two layers; 110 - 32 + 1 far keys at the first step, one more at each
 
 

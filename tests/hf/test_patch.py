@@ -13,6 +13,7 @@ from cases import METHOD_CASES, arguments_of
 from rope_scaling import Linear, Ntk, RopeScalingError, Yarn, make_method
 from rope_scaling.frequencies import METHODS
 from rope_scaling.hf import patch as patch_module
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
 
@@ -414,8 +415,8 @@ def test_one_answer_whole_in_chunks_token_by_token_and_left_padded(name):
         for sizes in ([37, 50, 13], [99, 1], [1] * 100):
             cache, parts = None, []
             for piece in ids.split(sizes, dim=1):
-                output = model(piece, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = model(piece, **{CACHE_NAME: cache}, use_cache=True)
+                cache = output[CACHE_NAME]
                 parts.append(output.logits)
             assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
     padded = torch.cat([torch.zeros(1, 30, dtype=torch.long), ids], dim=1)

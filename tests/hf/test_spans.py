@@ -2,12 +2,12 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-import transformers
-from conftest import TRAINED_LENGTH, apply, logits, make_model, strong, token_ids
-from transformers import AutoModelForCausalLM
+from conftest import OTHER_FAMILIES, TRAINED_LENGTH, apply, logits, make_model, other_family, strong, token_ids
+from transformers import DynamicCache
 
 import rope_scaling
 from rope_scaling import (
@@ -25,39 +25,14 @@ from rope_scaling import (
     Streaming,
     Yarn,
 )
-from rope_scaling.hf.attention import NAME
+from rope_scaling.attention.rows import read_documents
+from rope_scaling.hf.attention import CALL, NAME, Call, installed
+from rope_scaling.hf.host import CACHE_NAME
 from span_cases import SPAN_CASES
 
 
 def close(one, other, tolerance=1e-4):
     return torch.allclose(one, other, atol=tolerance, rtol=0)
-
-
-def other_family(name, **changes):
-    values = {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": TRAINED_LENGTH,
-        "pad_token_id": 0,
-        "initializer_range": 0.15,
-    }
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**values | changes)).eval()
-
-
-OTHER_FAMILIES = {
-    "neighbours, part of the head": lambda: other_family("GlmConfig", head_dim=16, partial_rotary_factor=0.5),
-    "neighbours": lambda: other_family("CohereConfig"),
-    "some layers do not turn": lambda: other_family("SmolLM3Config"),
-    "part of the head": lambda: strong("phi"),
-    "learned sinks": lambda: other_family("GptOssConfig", head_dim=16, num_local_experts=4, sliding_window=32),
-    "soft-capped scores": lambda: make_model("gemma2", initializer_range=0.15, sliding_window=48),
-    "mixture of experts": lambda: other_family("Qwen2MoeConfig"),
-}
 
 
 def eager(model, ids):
@@ -89,8 +64,8 @@ def test_other_families_in_steps(name):
     cache, outs = None, []
     for part in ids.split([40, 1, 1, 27, *[1] * 5, 26], dim=1):
         with torch.no_grad():
-            out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+            out = model(part, **{CACHE_NAME: cache}, use_cache=True)
+        cache = out[CACHE_NAME]
         outs.append(out.logits)
     assert close(torch.cat(outs, dim=1), wanted)
 
@@ -135,8 +110,8 @@ def test_a_model_that_arrives_with_two_lists_switches_by_position():
     whole = logits(model, ids)
     assert close(whole[:, :TRAINED_LENGTH], short)
     with torch.no_grad():
-        cache = model(ids[:, :50], use_cache=True).past_key_values
-        assert close(model(ids[:, 50:], past_key_values=cache).logits, whole[:, 50:])
+        cache = model(ids[:, :50], use_cache=True)[CACHE_NAME]
+        assert close(model(ids[:, 50:], **{CACHE_NAME: cache}).logits, whole[:, 50:])
     assert model.config.max_position_embeddings == 4 * TRAINED_LENGTH
 
 
@@ -272,12 +247,26 @@ def test_other_dtypes_and_peft():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in wrapped.named_parameters() if "lora_B" in n)
 
 
-def test_compiles_with_a_graph_break_at_attention():
-    model = apply(strong("llama"), "angle_clip")
-    wanted = logits(model)
-    compiled = torch.compile(model, backend="eager")
-    assert close(logits(compiled), wanted)
-    assert close(logits(compiled, token_ids(99)), logits(model, token_ids(99)))
+def test_a_cache_under_any_name_is_seen_and_one_that_is_not_is_told():
+    model, ids = apply(strong("llama"), "rerope"), token_ids(120)
+    wanted = logits(model, ids)
+    for name in ("past_key_values", CACHE_NAME):
+        for whose in (model, model.model):  # the head renames it, the decoder's hook comes before it could
+            cache = DynamicCache(config=model.config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                whose(ids[:, :70], **{name: cache})
+                out = whose(ids[:, 70:], **{name: cache})
+            found = out.logits if whose is model else model.lm_head(out.last_hidden_state)
+            assert close(found, wanted[:, 70:])
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :70], **{CACHE_NAME: cache})
+    inner = model.model.layers[0].self_attn
+    hidden = {"hidden_states": torch.zeros(1, 50, 64), "attention_mask": None, CACHE_NAME: cache}
+    turns = model.model.rotary_emb(hidden["hidden_states"], torch.arange(70, 120)[None])
+    call = Call(installed(model.model), read_documents(1, 50, 0, None, None), [], 50)
+    with pytest.raises(RopeScalingError, match=r"got 120 keys in a call of 50 tokens, but the decoder got no cache"):
+        inner(**hidden, position_embeddings=turns, **{CALL: call})
 
 
 def test_a_patch_in_another_thread_or_model_is_not_seen():

@@ -8,11 +8,19 @@ import pytest
 import torch
 from conftest import logits, token_ids
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, CodeGenConfig, GPTJConfig, RoFormerConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    CodeGenConfig,
+    DynamicCache,
+    GPTJConfig,
+    RoFormerConfig,
+)
 
 import rope_scaling
 from references import formulas
-from rope_scaling import RopeScalingError
+from rope_scaling import Linear, RopeScalingError, SelfExtend
+from rope_scaling.hf.host import CACHE_NAME
 
 
 TRAINED, WIDTH = 64, 16
@@ -100,7 +108,8 @@ def coded(request):
 
 
 def tables(model):
-    return [layer.attn.embed_positions for layer in model.transformer.h]
+    """One for every layer; from Transformers 5.24 on, one for all."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
 
 
 def test_every_layer_gets_the_table_of_the_formula(coded):
@@ -136,7 +145,7 @@ def test_a_saved_one_is_refused_by_plain_transformers_and_restored(method, coded
     rope_scaling.unpatch(coded).save_pretrained(tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.config.activation_function == activation and plain.config.n_positions == TRAINED
-    assert torch.equal(tables(plain)[1], tables(coded)[1])
+    assert torch.equal(tables(plain)[-1], tables(coded)[-1])
 
 
 def test_an_adapter_brings_the_scaling_along(coded, tmp_path):
@@ -152,6 +161,32 @@ def test_an_adapter_brings_the_scaling_along(coded, tmp_path):
 def test_no_config_tells_a_server_of_it(target, coded):
     with pytest.raises(RopeScalingError, match=r"computes its angles in its code.*rope_scaling\.from_pretrained"):
         rope_scaling.config_overrides(rope_scaling.patch(coded, "yarn", factor=4), target)
+
+
+def test_spans_need_a_table_that_is_long_enough(coded, tmp_path):
+    far, short = token_ids(3 * TRAINED), token_ids(TRAINED)
+    plain = logits(coded, short)
+    if len(tables(coded)) > 1:  # before Transformers 5.24
+        with pytest.raises(RopeScalingError, match="does not go through Transformers' attention interface"):
+            rope_scaling.patch(coded, "self_extend", target_length=4 * TRAINED)
+        return
+    with pytest.raises(RopeScalingError, match=r"a row for every position, which has 64\. Say how far to read"):
+        rope_scaling.patch(coded, "self_extend")
+    rope_scaling.patch(coded, "self_extend", target_length=4 * TRAINED)
+    wanted = logits(coded, far)
+    with torch.no_grad():
+        cache, steps = DynamicCache(config=coded.config), []
+        for piece in far.split(50, dim=1):
+            steps.append(coded(piece, **{CACHE_NAME: cache}).logits)
+    assert torch.allclose(torch.cat(steps, 1), wanted, atol=1e-4)
+    coded.save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match=r"load it with rope_scaling\.from_pretrained"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(rope_scaling.from_pretrained(tmp_path), far), wanted)
+    assert torch.equal(logits(rope_scaling.unpatch(coded), short), plain)
+    rope_scaling.patch(coded, Linear(factor=4), SelfExtend(group_size=1, window=TRAINED))
+    scaled = logits(coded, far)
+    assert torch.allclose(logits(rope_scaling.patch(coded, "linear", factor=4), far), scaled, atol=1e-4)
 
 
 def test_in_half_precision(coded):

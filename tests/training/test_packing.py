@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 import rope_scaling
 from rope_scaling import RopeScalingError
+from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.training import PackedCollator, document_ids, document_mask, pack_documents
 
 
@@ -89,7 +90,7 @@ def test_documents_are_isolated_under_a_cache_by_the_mask(way):
     def run(tokens, **arguments):
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            return model(tokens, position_ids=positions, past_key_values=cache, use_cache=True, **arguments).logits
+            return model(tokens, position_ids=positions, **{CACHE_NAME: cache}, use_cache=True, **arguments).logits
 
     assert not torch.equal(run(ids)[0, 25:], run(changed)[0, 25:])  # what the mask is for
     mask = document_mask(positions)

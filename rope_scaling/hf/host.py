@@ -1,0 +1,29 @@
+"""Names that supported versions of Transformers spell differently."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers.masking_utils import create_causal_mask
+
+
+_CACHE_NAMES = ("cache", "past_key_values")
+"""Of the argument that holds a model's cache: from Transformers 5.24 on, and before."""
+CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+"""In this Transformers; outputs have it under the same name."""
+
+
+def cache_argument(model: Any) -> str:
+    """What the forward call of a model calls its cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), CACHE_NAME)
+
+
+def take_cache(model: Any, arguments: dict[str, Any]) -> Any:
+    """The cache among keyword arguments of a forward call, which gets it under the name that the model takes."""
+    name = cache_argument(model)
+    for other in _CACHE_NAMES:
+        if other != name and (given := arguments.pop(other, None)) is not None:
+            arguments[name] = given if arguments.get(name) is None else arguments[name]
+    return arguments.get(name)
