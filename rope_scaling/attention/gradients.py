@@ -52,6 +52,7 @@ def segment_backward(
             )
             keys[:, :, piece.first : piece.last] += of_k
             of_value[:, :, piece.first : piece.last] += of_v
+        inputs.forget(begin)
         for index, gradient in turned_queries.items():
             rotation = plan.query_rotation(segment, plan.spans[index])
             if inputs.gain is not None:

@@ -24,7 +24,8 @@ def schedule_of(plan: Plan, segment: Segment) -> Schedule:
 
 
 class Inputs:
-    """A segment's tensors, turned for each span once."""
+    """A segment's tensors, turned for each span once, or in place from span to span where each differs from the one
+    before it in a few pairs (`Span.after`): of all those, one copy is held."""
 
     def __init__(
         self,
@@ -44,6 +45,10 @@ class Inputs:
         self._keys: dict[int, torch.Tensor] = {}
         self._queries: dict[tuple[int, int], torch.Tensor] = {}
         self._tile = (-1, -1)
+        # What is turned on from in place must be a copy of the model's own, whatever was turned before.
+        chained = [span.after for span in plan.spans if span.after is not None]
+        self._owned_keys = {id(span.key) for span in chained}
+        self._owned_queries = {(id(span.query), id(span.amplitude)) for span in chained}
 
     def keys(self, index: int) -> torch.Tensor:
         """Keys at the angles of span `index`, up to the last it reaches, `[rows, Hk, S, d]`."""
@@ -56,16 +61,21 @@ class Inputs:
                 turned = self.turned_keys(self.segment, span, self.key)
             elif span.after is not None and id(span.after.key) in self._keys:
                 step = plan.step(self.segment, span.after, span, of_query=False)
-                before = self._keys[id(span.after.key)][:, :, :reach]
-                turned = turn(before, step.part(0, before.shape[2]) if step else None, plan.layout)
+                before = self._keys.pop(id(span.after.key))[:, :, :reach]
+                turned = turn(before, step.part(0, before.shape[2]) if step else None, plan.layout, in_place=True)
             else:
                 rotation = plan.key_rotation(self.segment, span, 0, reach)
                 turned = turn(self.key[:, :, :reach], rotation, plan.layout)
+                if rotation is None and id(span.key) in self._owned_keys:
+                    turned = turned.clone()
             self._keys[id(span.key)] = turned
         return self._keys[id(span.key)]
 
     def forget(self, begin: int) -> None:
-        """Lets go of turned keys that no tile after the one at `begin` needs."""
+        """Lets go of turned keys that no tile after the one at `begin` needs, or that it turns anew."""
+        if self._owned_keys:
+            self._keys = {}
+            return
         later = (pieces for first, _, pieces in schedule_of(self.plan, self.segment).tiles if first > begin)
         needed = {id(self.plan.spans[piece.span].key) for pieces in later for piece in pieces}
         self._keys = {name: keys for name, keys in self._keys.items() if name in needed}
@@ -80,13 +90,15 @@ class Inputs:
         if name not in self._queries and span.after is not None and before in self._queries:
             rotation = self.plan.step(self.segment, span.after, span, of_query=True)
             part = rotation.part(begin, end) if rotation else None
-            self._queries[name] = turn(self._queries[before], part, self.plan.layout)
+            self._queries[name] = turn(self._queries.pop(before), part, self.plan.layout, in_place=True)
         elif name not in self._queries:
             turned = self.query[:, :, begin:end]
             rotation = self.plan.query_rotation(self.segment, span)
             turned = turn(turned, rotation.part(begin, end) if rotation else None, self.plan.layout)
             if self.gain is not None:
                 turned = (turned * self.gain[begin:end, None].to(turned.device)).to(turned.dtype)
+            elif rotation is None and name in self._owned_queries:
+                turned = turned.clone()
             self._queries[name] = turned
         return self._queries[name]
 

@@ -124,6 +124,6 @@ class Plan:
         return torch.where(wanted == positions.double()[:, None] * per_token, host, wanted + offset * per_token)
 
 
-def turn(x: torch.Tensor, rotation: Rotation | None, layout: RotaryLayout) -> torch.Tensor:
+def turn(x: torch.Tensor, rotation: Rotation | None, layout: RotaryLayout, in_place: bool = False) -> torch.Tensor:
     """`x` turned, or itself where there is nothing to turn."""
-    return x if rotation is None else rotation.to(x.device).apply(x, layout)
+    return x if rotation is None else rotation.to(x.device).apply(x, layout, in_place)

@@ -85,16 +85,17 @@ class Rotation:
         """The same on another device."""
         return Rotation(self.cos.to(device), self.sin.to(device), self.low)
 
-    def apply(self, x: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, layout: RotaryLayout, in_place: bool = False) -> torch.Tensor:
         """`x` (`[..., T, d]`) turned, in its own dtype; the arithmetic is float32 or better."""
         high = self.low + self.cos.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        turned = x.clone()
+        turned = x if in_place else x.clone()
         for begin in range(0, x.shape[-2], _BLOCK):
             part = slice(begin, begin + _BLOCK)
             cos, sin = self.cos[part].to(wide), self.sin[part].to(wide)
             one, two = (pair.to(wide) for pair in layout.pairs(x[..., part, :], self.low, high))
             into_one, into_two = layout.pairs(turned[..., part, :], self.low, high)
-            into_one.copy_(torch.addcmul(one * cos, two, sin, value=-1))
-            into_two.copy_(torch.addcmul(two * cos, one, sin))
+            new_one, new_two = torch.addcmul(one * cos, two, sin, value=-1), torch.addcmul(two * cos, one, sin)
+            into_one.copy_(new_one)
+            into_two.copy_(new_two)
         return turned

@@ -7,6 +7,7 @@ the near end is causal attention with queries and keys in reverse.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,16 +19,16 @@ from rope_scaling.attention.plan import Segment
 from rope_scaling.spans import Angles, Span
 
 
-TILE = 2048
+TILE = 2112
 """Queries of a tile. On the CPU half or twice as many take the same time (`benchmarks/levers.py`)."""
-BAND = 256
-"""Queries of a cut of a band, the interval that moves with the query at both ends. All cuts go through one kernel
-call, under one mask; the wider a cut, the more of it is masked, and in narrow ones the kernel itself is slower
-(`benchmarks/levers.py`)."""
+CHAIN_TILE = 2304
+"""The same where spans are turned one from another, which begins anew with every tile."""
+CUTS = ((64, 32), (384, 64), (math.inf, 192))
+"""Keys of a band, the interval that moves with the query at both ends, and up to there queries of a cut of it. All
+cuts go through one kernel call, under one mask; the wider a cut, the more of it is masked, and from 192 queries on
+the kernel itself is faster (`benchmarks/levers.py`)."""
 WIDEST_BAND = 2048
 """Up to this many keys a masked band beats a rectangle and two triangles, whose results have to be merged."""
-NARROW = 64
-"""Bands of fewer keys are cut in as many queries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class Schedule:
 
 def make_schedule(segment: Segment, spans: list[Span], tile: int | None = None) -> Schedule:
     """Cuts every span of a segment; each pair of query and key that a span holds is in exactly one piece."""
-    length, tile = len(segment.positions), tile or TILE
+    length = len(segment.positions)
+    tile = tile or (CHAIN_TILE if any(span.after is not None for span in spans) else TILE)
     bounds = [segment.bounds(span) for span in spans]
     opening = _opening(bounds)
     edges = [*([0] if opening else []), *range(opening, length, tile), length]
@@ -125,7 +127,7 @@ def _pieces(span: int, begin: int, end: int, first: torch.Tensor, last: torch.Te
     high, high_end = int(last[begin]), int(last[end - 1])
     width = high - low + 1
     if low_end > low and high_end > high and (width <= WIDEST_BAND or low_end > high + 1):
-        size = BAND if width > NARROW else NARROW
+        size = next(size for widest, size in CUTS if width <= widest)
         for cut in _even_cuts(begin, end, size):
             yield Piece(span, "band", *cut, low + cut[0] - begin, high_end - (end - cut[1]) + 1, size)
         return

@@ -111,7 +111,10 @@ def _tile(
         # The share of the new piece, exp(l) / (exp(l) + exp(l before)); where there was nothing before it is 1.
         share = torch.sigmoid(its_lse - before)
         part = out[:, :, low:high]
-        part.lerp_(its_out.to(part.dtype), share[..., None])
+        # Many queries head by head: that stays in the processor's cache, and needs no copy of all.
+        size = part.shape[1] if high - low <= _FEW else 1
+        for into, its, its_share in zip(*(x.split(size, 1) for x in (part, its_out, share)), strict=True):
+            into.lerp_(its.to(part.dtype), its_share[..., None])
         before.copy_(torch.logaddexp(before, its_lse))
     if out is None or lse is None:
         shape = (*inputs.query.shape[:2], end - begin)

@@ -1,6 +1,7 @@
 """The tiled engine against the law, outputs and gradients; and the law against loops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.attention.schedule import make_schedule
 from rope_scaling.attention.tiled import tiled_attention
-from rope_scaling.spans import Rope, plain
+from rope_scaling.spans import Rope, compose, plain
 
 
 L0, WIDTH = 64, 16
@@ -136,6 +137,25 @@ def test_float32_gradients_are_those_of_the_law(name):
     other = torch.autograd.grad(reference_attention(*inputs, made, 0.3, sinks=sinks), [*inputs, sinks], weights)
     for found, wanted in zip(one, other, strict=True):
         assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("windows_first", [False, True])
+@pytest.mark.parametrize("name", ["uniform", "waveprune", "from the model's own"])
+def test_spans_turned_one_from_another_leave_what_they_were_given(name, windows_first):
+    """In place, from span to span, also where windows interrupt or repeat the row."""
+    near, far = METHODS["clip"].spans(ROPE)
+    of_name = METHODS[name].spans(ROPE) if name in METHODS else [near, replace(far, after=near)]
+    parts = of_name, SlidingWindow(window=130, num_sinks=20).spans(ROPE)
+    spans = compose(*(reversed(parts) if windows_first else parts))
+    q, k, v = tensors(400, dtype=torch.float32)
+    inputs = by_model(q, LAYOUTS[0]), by_model(k, LAYOUTS[0]), v
+    kept = [x.clone() for x in inputs]
+    made = Plan(spans, whole(400), LAYOUTS[0], INV_FREQ)
+    made.memo["schedule", id(made.segments[0])] = make_schedule(made.segments[0], spans, 96)
+    wanted = reference_attention(*inputs, made, 0.3)
+    for _ in range(2):
+        assert torch.allclose(tiled_attention(*inputs, made, 0.3), wanted, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(inputs, kept, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
