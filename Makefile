@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 REAL_MODEL ?= $(or $(ROPE_SCALING_REAL_MODEL),HuggingFaceTB/SmolLM2-135M-Instruct)
 REAL_DOCUMENTS ?= 4
 REAL_DOCUMENTS_32K ?= 2
-REAL = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct --data python-reference --pieces \
-	--dtype bfloat16
+REAL_MODEL_IS = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct --dtype bfloat16
+REAL = $(REAL_MODEL_IS) --data python-reference --pieces
+REAL_METHODS_CODE = $(addprefix --method ,angle_clip angle_clip:saturation_length=8192 rerope self_extend)
 REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn string lm_infinite \
 	sliding_window sliding_window:num_sinks=4 linear ntk yarn mrrope_pro rerope+log_n self_extend+log_n angle_clip+log_n \
 	dual_chunk+log_n)
@@ -65,6 +66,8 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: four hours on two cores
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
 		$(REAL_METHODS) --output runs/smollm2-135m
+	$(BIN)/rope-scaling evaluate $(REAL_MODEL_IS) --data stdlib --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
+		$(REAL_METHODS_CODE) --output runs/smollm2-135m-stdlib
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x --factor 2 $(REAL_TASKS) \
 		--output runs/smollm2-135m-tasks
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x --factor 4 \

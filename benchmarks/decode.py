@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from attention import processor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import rope_scaling
@@ -117,7 +117,7 @@ def row(method: str) -> dict:
         "dtype": "bfloat16",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "processor": processor(),
     }
 
 
