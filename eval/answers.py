@@ -127,8 +127,9 @@ class _Reader:
         # Padding on the right changes nothing: no token sees what comes after it.
         rows = [(question.ids + question.answer) for question in questions]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        logits = self._forward(ids, len(self.held), self._branch(len(questions)))
-        return np.array([_score(*pair) for pair in zip(logits, questions, strict=True)])
+        first = min(len(question.ids) for question in questions) - 1
+        logits = self._forward(ids, len(self.held), self._branch(len(questions)), logits_to_keep=width - first)
+        return np.array([_score(row, question, first) for row, question in zip(logits, questions, strict=True)])
 
     def _branch(self, rows: int) -> Any:
         """A cache of that many rows to go on with; what is read there does not come into this one."""
@@ -159,8 +160,9 @@ class _Reader:
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
 
-def _score(logits: torch.Tensor, question: Question) -> tuple[float, float, int]:
-    first = len(question.ids) - 1
+def _score(logits: torch.Tensor, question: Question, begin: int) -> tuple[float, float, int]:
+    """Of the logits of one row's tokens from `begin` on."""
+    first = len(question.ids) - 1 - begin
     wanted = torch.tensor(question.answer, device=logits.device)
     rows = logits[first : first + len(wanted)].float()
     log_probability = rows.log_softmax(-1).gather(1, wanted[:, None]).sum().item()

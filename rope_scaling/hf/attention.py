@@ -28,7 +28,7 @@ from rope_scaling.hf.both_ways import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
 from rope_scaling.hf.host import cache_argument, take_cache
 from rope_scaling.hf.program import SpanProgram
-from rope_scaling.hf.traced import TracedCall, trace, traceable
+from rope_scaling.hf.traced import TracedCall, no_positions_in_a_cache, trace, traceable
 
 
 NAME = "rope_scaling"
@@ -156,10 +156,7 @@ class DecoderHook:
         self.program.warn_beyond_reach(max((int(d.positions[-1]) + 1 for d in documents), default=0))
         if not all(document.contiguous for document in documents):
             if cache is not None:
-                raise RopeScalingError(
-                    "`position_ids` restart or skip ahead, and a cache does not hold the positions of its keys. Leave "
-                    f"`{cache_argument(module)}` out, or give one document a row."
-                )
+                raise no_positions_in_a_cache()
             kwargs["use_cache"] = False
         else:
             cache = kwargs[cache_argument(module)] = self._cache(module, cache, kwargs, documents)

@@ -107,10 +107,7 @@ def _tables(
     documents = read_documents(rows, length, cached if seen is None else int(seen), position_ids, mask)
     its.warn_beyond_reach(max((int(d.positions[-1]) + 1 for d in documents), default=0))
     if keeps and not all(document.contiguous for document in documents):
-        raise RopeScalingError(
-            "`position_ids` restart or skip ahead, and a cache does not hold the positions of its keys. Leave "
-            "the cache out, or give one document a row."
-        )
+        raise no_positions_in_a_cache()
     one = list(its.kinds.values())[kind]
     segments = [segment(document, KeyStore(offset)) for document in documents]
     found = tables(Plan(one.spans, segments, one.layout, one.inv_freq, one.temperature), rows, length, keys)
@@ -119,19 +116,15 @@ def _tables(
 
 
 @_tables.register_fake
-def _(
-    inputs: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    cached: int,
-    keeps: bool,
-    program: int,
-    kind: int,
-    spans: int,
-    pairs: int,
-    keys: int,
-    offset: int,
-) -> tuple[torch.Tensor, ...]:
+def _(inputs: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    *_, spans, pairs, keys, _ = others
     rows, length = inputs.shape[:2]
     return tuple(inputs.new_empty(shape, dtype=dtype) for shape, dtype in shapes(spans, pairs, rows, length, keys))
+
+
+def no_positions_in_a_cache() -> RopeScalingError:
+    """The error for documents or skips in a call that fills a cache."""
+    return RopeScalingError(
+        "`position_ids` restart or skip ahead, and a cache does not hold the positions of its keys. Leave the cache "
+        "out, or give one document a row."
+    )
