@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import make_model
 from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.tasks import Scores, Source, harness
+from rope_scaling.eval.tasks import Scores, Source, lm_eval_tasks
 from rope_scaling.eval.tasks.harness import HarnessTask, harness_tasks
 from rope_scaling.hf.loading import load_tokenizer, model_source
 
@@ -139,7 +140,7 @@ def test_a_generator_that_takes_too_long_is_stopped():
 
 def test_documents_are_kept(ruler, source, monkeypatch):
     assert len(list((source.folder / "ruler").glob("*.json"))) == 2
-    monkeypatch.setattr(harness.subprocess, "run", None)
+    monkeypatch.setattr(lm_eval_tasks.subprocess, "run", None)
     assert [item.sha256 for item in task().items(source, CONFIG, None)[0]] == [item.sha256 for item in ruler]
 
 
@@ -148,13 +149,13 @@ DOCUMENT |= {"length": 1, "gen_prefix": "Answer:"}
 
 
 def test_common_words_get_the_example_of_the_original():
-    made = harness._ruler_task("ruler_cwe", [DOCUMENT])
+    made = lm_eval_tasks.ruler_task("ruler_cwe", [DOCUMENT])
     text = made.doc_to_text(next(iter(made.eval_docs)))
     assert text.index("EXAMPLE") < text.index("INPUT")
 
 
 def test_questions_with_several_answers_count_any_of_them():
-    made = harness._ruler_task("ruler_qa_squad", [DOCUMENT])
+    made = lm_eval_tasks.ruler_task("ruler_qa_squad", [DOCUMENT])
     document = next(iter(made.eval_docs))
     assert made.process_results(document, ["It is BLUE."]) == {"2048": 1.0}
     assert made.process_results(document, ["It is green."]) == {"2048": 0.0}
@@ -162,7 +163,7 @@ def test_questions_with_several_answers_count_any_of_them():
 
 def test_groups_stand_for_their_members_and_unknown_names_are_told():
     names = [one.name for one in harness_tasks(["ruler", "niah_single_1"], tokenizer=TOKENIZER)]
-    assert names == list(harness.RULER)
+    assert names == list(lm_eval_tasks.RULER)
     with pytest.raises(
         RopeScalingError, match=r"Unknown lm-eval task 'niah_singel_1'. Did you mean 'niah_single_"
     ) as told:
@@ -173,6 +174,63 @@ def test_groups_stand_for_their_members_and_unknown_names_are_told():
 def test_a_task_without_its_data_is_told():
     with pytest.raises(RopeScalingError, match="lm-eval cannot load the task 'longbench_2wikimqa'"):
         task("longbench_2wikimqa").items(SOURCE, CONFIG, None)
+
+
+def serve(monkeypatch, rows, family):
+    """Rows in place of a hub's dataset; returns which one is asked for."""
+    asked = []
+
+    def load_dataset(path, name=None, split=None, **_):
+        asked.append((path, name, split))
+        made = datasets.Dataset.from_list(rows)
+        return datasets.DatasetDict(test=made) if split is None else made
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(lm_eval_tasks, "manager", lambda: lm_eval_tasks._family_manager(family))
+    return asked
+
+
+def always(monkeypatch, answer):
+    echo = Echo(answer)
+    monkeypatch.setattr(type(tiny()), "generate", lambda self, *args, **kwargs: echo.generate(*args, **kwargs))
+    return echo
+
+
+def test_longbench_stands_at_the_length_that_holds_each_document_and_counts_the_rest(monkeypatch):
+    rows = [
+        {"context": "The cat is red. " * many, "question": "Of what colour is the cat?", "answers": ["red"]}
+        for many in (1000, 10, 12, 120, 14)
+    ]
+    asked = serve(monkeypatch, rows, "longbench")
+    own = task("longbench_hotpotqa")
+    items, skipped = own.items(SOURCE, CONFIG, None)
+    assert asked == [("Xnhyacinth/LongBench", "hotpotqa", None)]
+    assert [(item.index, item.length) for item in items] == [(1, 512), (2, 512), (3, 1024)] and skipped == 1
+    echo = always(monkeypatch, " Red.")
+    found = [own.score(tiny(), item, CONFIG) for item in items]
+    assert 512 < echo.given[2] <= 1024 - 32
+    assert [row["score"] for row in own.rows(items, Scores(found, found, found), CONFIG)] == [1, 1, 1, 1]
+    with pytest.raises(
+        RopeScalingError, match=r"No document of 'longbench_hotpotqa' fits in 64 tokens; the shortest takes \d"
+    ):
+        own.items(SOURCE, dataclasses.replace(CONFIG, lengths=[64]), None)
+
+
+def test_babilong_comes_in_the_size_of_each_length(monkeypatch):
+    rows = [{"input": "Mary went home. " * 60, "question": "Where is Mary?", "target": "home"}] * 2
+    asked = serve(monkeypatch, rows, "babilong")
+    own = task("babilong_qa1", samples=1)
+    items, skipped = own.items(SOURCE, dataclasses.replace(CONFIG, lengths=[1024, 4096, 5000]), None)
+    assert [(name, split) for _, name, split in asked] == [("1k", "qa1"), ("4k", "qa1"), ("4k", "qa1")]
+    assert [item.length for item in items] == [1024, 4096, 5000] and skipped == 0
+    always(monkeypatch, "The most recent location of Mary is home.")
+    assert float(own.score(tiny(), items[0], CONFIG)[0]) == 1
+    with pytest.raises(RopeScalingError, match=r"BABILong has texts of 1,024 to 131,072 tokens; got a length of 512"):
+        own.items(SOURCE, CONFIG, None)
+    with pytest.raises(
+        RopeScalingError, match="'babilong_qa7' has no long texts, only its facts; those that have: bab"
+    ):
+        task("babilong_qa7").items(SOURCE, CONFIG, None)
 
 
 def test_a_missing_extra_is_named(monkeypatch):
