@@ -89,7 +89,9 @@ def harness(
     model: Annotated[str, typer.Option(help="'demo' (the embedded model), a folder, or a hub id.")] = "demo",
     method: Annotated[Optional[list[str]], typer.Option(help="Repeat for several, as for `evaluate`.")] = None,
     samples: Annotated[int, typer.Option(help="Documents of each task and length.", min=1)] = 50,
-    lengths: Annotated[str, typer.Option(help="As for `evaluate`; each document at the shortest that holds it.")] = "1x,2x,4x",
+    lengths: Annotated[
+        str, typer.Option(help="As for `evaluate`; each document at the shortest that holds it.")
+    ] = "1x,2x,4x",
     factor: Annotated[Optional[float], typer.Option(help="Factor to patch with.")] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
