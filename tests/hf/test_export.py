@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import apply, close, logits, make_model, rotary
-from transformers import AutoModelForCausalLM
+from conftest import apply, close, logits, make_model, rotary, token_ids
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rope_scaling
 from cases import METHOD_CASES
@@ -93,6 +93,17 @@ def test_what_was_written_for_transformers_4_keeps_both_forms_in_every_further_s
             agree(reader, saved, rotary(model), model.config.max_position_embeddings)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / str(number)).eval()
         assert torch.equal(logits(plain), logits(again)) and close(logits(plain), logits(model))
+
+
+def test_a_trainers_checkpoint_of_it_keeps_both_forms(tmp_path):
+    first = exported(apply(make_model("llama"), "yarn"), tmp_path / "v4", "transformers-v4")
+    model = rope_scaling.from_pretrained(tmp_path / "v4")
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(32, rows=2)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True)
+    Trainer(model, arguments, train_dataset=rows).train()
+    saved = json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        assert saved[key] == first[key], key
 
 
 def test_the_older_form_follows_what_is_patched_and_goes_where_it_cannot(tmp_path):
