@@ -29,6 +29,8 @@ from rope_scaling.eval.rows import read_rows, write_atomically
 
 _SAME = ("model", "trained_length", "dtype", "factor")
 """Rows that differ in these do not stand in one table."""
+_ROUNDING = 0.01
+"""Nats a token, or share, by which the same measurement may come out otherwise on another processor."""
 
 
 @dataclass
@@ -174,7 +176,7 @@ def _join(run: Run, other: Run) -> None:
         old = known.get(key(row))
         if old is None:
             run.rows.append(row)
-        elif {**old, "versions": None} != {**row, "versions": None}:
+        elif not _agree(old, row):
             raise RopeScalingError(
                 f"{str(other.folders[0])!r} and {str(run.folders[0])!r} give {row['method']!r} in {row['task']!r} "
                 "different numbers on the same texts. Report them apart."
@@ -182,6 +184,14 @@ def _join(run: Run, other: Run) -> None:
     run.folders += other.folders
     run.curves = {**other.curves, **run.curves}
     run.costs += other.costs
+
+
+def _agree(one: Row, other: Row) -> bool:
+    """Whether two rows of one measurement say the same, but for how machines round."""
+    if one.keys() != other.keys():
+        return False
+    pairs = [(one[key], other[key]) for key in one if key != "versions"]
+    return all(abs(a - b) <= _ROUNDING if isinstance(a, float) and isinstance(b, float) else a == b for a, b in pairs)
 
 
 def write_report(runs: list[Run], output: Path) -> None:

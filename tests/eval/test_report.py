@@ -182,6 +182,17 @@ def test_runs_of_one_model_and_text_stand_in_one_table(folder, tmp_path):
     assert len(run.rows) == len(read_rows(folder / "rows.jsonl")) + len(own)
 
 
+def test_runs_of_machines_that_round_otherwise_stand_in_one_table(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = read_rows(folder / "rows.jsonl")
+    (other / "rows.jsonl").write_text(
+        "\n".join(json.dumps(row | ({"nll": row["nll"] + 0.004} if "nll" in row else {})) for row in rows) + "\n"
+    )
+    (run,) = read_runs([folder, other])
+    assert run.rows == rows
+
+
 def test_rows_that_do_not_belong_together_are_refused(folder, tmp_path):
     model = edited(folder, tmp_path / "model", model="another")
     with pytest.raises(RopeScalingError, match=r"they differ in model \(tiny and another\). Give `--mixed`"):
