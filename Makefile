@@ -19,6 +19,7 @@ REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chun
 CONSTRAINTS ?= constraints.txt
 OLDEST_TRANSFORMERS = $(VENV)/oldest-transformers
 HOST_TESTS = tests/hf tests/attention --ignore=tests/hf/test_sharded.py --ignore=tests/hf/test_gguf.py
+TWO_AT_ONCE = -n 2 --dist worksteal
 RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
@@ -34,13 +35,13 @@ tasks: demo ## what else the table of the embedded model holds: copies, context 
 	$(BIN)/rope-scaling report runs/demo
 
 test: $(VENV)/.dev ## run the tests; those that need a GPU or a real model skip and say so
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow"
 
 slow: $(VENV)/.dev ## the tests that `make test` leaves out for their time
 	$(BIN)/python -m pytest -m slow
 
 host: $(OLDEST_TRANSFORMERS)/.done ## the tests of what meets Transformers, on the oldest supported one
-	PYTHONPATH=$(OLDEST_TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" -k "not compile" $(HOST_TESTS)
+	PYTHONPATH=$(OLDEST_TRANSFORMERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow" -k "not compile" $(HOST_TESTS)
 
 oldest: ## the same tests on the oldest supported torch and Transformers
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

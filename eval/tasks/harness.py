@@ -39,7 +39,8 @@ _RULER_ROOM = 128
 """Tokens beyond a RULER prompt's length for the answer: lm-eval counts some prompts without it."""
 _BABILONG_ROOM = 0.25
 """Of the length: BABILong counts GPT-2's tokens, and neither instruction nor examples."""
-_SEEDS = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
+_SEED = 0
+"""Of examples in prompts, and of tasks that draw samples."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _token_counts(task: Any, tokenizer: str) -> Iterator[int]:
     encode = _load_tokenizer(tokenizer).encode
     config = task.config
     for index, document in enumerate(task.eval_docs):
-        task.set_fewshot_seed(seed=_SEEDS["fewshot_random_seed"])
+        task.set_fewshot_seed(seed=_SEED)
         context = task.fewshot_context(
             document, num_fewshot=config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(document)
         )
@@ -198,15 +199,18 @@ def _token_counts(task: Any, tokenizer: str) -> Iterator[int]:
 
 
 def _score(model: Any, tokenizer: str, item: HarnessDocument, crop: int | None) -> np.ndarray:
-    from lm_eval import simple_evaluate
+    # `simple_evaluate` reads lm-eval's thousands of tasks anew in every call.
+    from lm_eval.evaluator import evaluate
+    from transformers import set_seed
 
     name = item.task.config.task
-    result = simple_evaluate(
+    set_seed(_SEED)
+    item.task.set_fewshot_seed(seed=_SEED)
+    result: Any = evaluate(
         _lm(model, tokenizer, item.max_length, crop),
-        tasks=[item.task],
+        {"tasks": {name: item.task}, "groups": {}},
         samples={name: [item.index]},
         bootstrap_iters=0,
-        **_SEEDS,
     )
     (sample,) = result["samples"][name][:1]
     values = [sample.get(metric) for metric in item.metrics]

@@ -52,7 +52,12 @@ def test_padding_and_documents_in_one_graph(whole):
 
 
 @pytest.mark.parametrize(
-    ("family", "make"), [("llama", DynamicCache), ("llama", StaticCache), ("gemma3", DynamicCache)]
+    ("family", "make"),
+    [
+        ("llama", DynamicCache),
+        ("llama", StaticCache),
+        pytest.param("gemma3", DynamicCache, marks=pytest.mark.slow),
+    ],
 )
 def test_caches_in_one_graph(family, make, whole):
     model, ids = apply(strong(family), "rerope"), token_ids(150)
