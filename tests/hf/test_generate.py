@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import apply, left_padded, logits, make_model, strong, token_ids
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import rope_scaling
 from cases import METHOD_CASES
@@ -62,6 +63,44 @@ def test_caches(case):
     assert torch.equal(generate(model, ids, **{CACHE_NAME: StaticCache(model.config, max_cache_len=120)}), wanted)
     assert torch.equal(generate(model, ids, **{CACHE_NAME: DynamicCache(config=model.config)}), wanted)
     assert torch.equal(generate(model, ids, **{CACHE_NAME: DynamicCache()}), wanted)
+
+
+class Stream:
+    """In place of a device's stream, where there is no device."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+
+def leave(layer):
+    """In place of moving a layer's keys away: whoever reads them before they are back reads what is no number."""
+    layer.away = layer.keys, layer.values
+    layer.keys, layer.values = (torch.full_like(one, torch.nan) for one in layer.away)
+
+
+def come_back(layer):
+    if away := layer.__dict__.pop("away", None):
+        layer.keys, layer.values = away
+
+
+@pytest.mark.parametrize("case", SPAN_CASES)
+def test_a_cache_that_is_moved_away_between_layers(case, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: Stream())
+    monkeypatch.setattr(DynamicLayer, "offload", leave)
+    monkeypatch.setattr(DynamicLayer, "prefetch", come_back)
+    model = apply(strong("llama"), case)
+    ids = token_ids(PROMPT)
+    cache = DynamicCache(config=model.config, offloading=True)
+    steps = [logits(model, part, **{CACHE_NAME: cache}) for part in ids.split([70, 1, 15, 4], dim=1)]
+    assert cache.layers[-1].keys.isnan().all()
+    assert close(torch.cat(steps, dim=1), logits(model, ids, use_cache=False))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
