@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rope_scaling.temperatures import Temperature
 PROGRAMS: WeakValueDictionary[int, SpanProgram] = WeakValueDictionary()
 """All that there are, by number, for graphs that cannot hold them."""
 _NUMBERS = count()
+_INSIDE = {"rope_scaling", "transformers", "torch", "accelerate", "peft"}
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,16 @@ class SpanProgram:
             warnings.warn(
                 f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
                 f"{self.reach} tokens: the model meets distances it was not trained on.",
-                stacklevel=2,
+                stacklevel=_level_of_the_caller(),
             )
+
+
+def _level_of_the_caller() -> int:
+    """`stacklevel` of the first line outside this library and those that it runs in: the user's call."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,10 +445,11 @@ def test_a_model_that_shares_a_patched_models_config():
 
 def test_texts_beyond_the_reach_are_warned_of_once():
     model = rope_scaling.patch(strong("llama"), SelfExtend(group_size=2))
-    with pytest.warns(UserWarning, match="120 tokens is beyond the reach of self_extend .* which is 96 tokens"):
+    with pytest.warns(
+        UserWarning, match="120 tokens is beyond the reach of self_extend .* which is 96 tokens"
+    ) as told:
         logits(model, token_ids(120))
-    import warnings
-
+    assert Path(told[0].filename).name == "conftest.py", "where the model was called"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logits(model, token_ids(130))
