@@ -15,7 +15,9 @@ REAL_TASKS = --task perplexity --task niah_multikey:trials=2 --task context_gain
 	$(addprefix --method ,self_extend angle_clip ntk dual_chunk rerope dynamic_yarn linear)
 REAL_TASKS_32K = --task niah_multikey:trials=1 --task perplexity --task context_gain \
 	$(addprefix --method ,self_extend angle_clip+log_n rerope+log_n dual_chunk)
-REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n)
+REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n rerope+log_n \
+	lm_infinite sliding_window sliding_window:num_sinks=4 dynamic_yarn ntk self_extend+log_n dual_chunk+log_n \
+	mrrope_pro linear string)
 CONSTRAINTS ?= constraints.txt
 OLDEST_TRANSFORMERS = $(VENV)/oldest-transformers
 HOST_TESTS = tests/hf tests/attention --ignore=tests/hf/test_sharded.py --ignore=tests/hf/test_gguf.py
@@ -64,7 +66,7 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/loss.py
 
-real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: four hours on two cores
+real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: four to eight hours on two cores
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
 		$(REAL_METHODS) --output runs/smollm2-135m
 	$(BIN)/rope-scaling evaluate $(REAL_MODEL_IS) --data stdlib --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
