@@ -74,6 +74,8 @@ class Task(ABC):
     name: ClassVar[str]
     about: ClassVar[str]
     """What it measures, in a line."""
+    skipped_because: ClassVar[str] = "were shorter than the shortest length"
+    """Of texts that do not fit, for the user."""
 
     def stored_as(self, config: EvaluationConfig) -> str:
         """Under which name scores are stored: tasks that need the same scores of the same items share one."""
@@ -81,7 +83,7 @@ class Task(ABC):
 
     @abstractmethod
     def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Any], int]:
-        """What will be scored, and how many texts were too short for it.
+        """What will be scored, and how many texts did not fit (`skipped_because`).
 
         Raises:
             RopeScalingError: no text is long enough, or a setting does not go with the lengths.
@@ -119,7 +121,7 @@ class Work:
     task: Task
     items: Sequence[Any]
     skipped: int = 0
-    """Texts that were too short."""
+    """Texts that did not fit; `Task.skipped_because` says why."""
 
     @property
     def sha256(self) -> str:

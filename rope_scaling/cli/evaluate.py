@@ -70,7 +70,7 @@ def run(
     folder = output or Path("runs") / f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, work)}"
     _with_progress(runner, loaded, work, specs, config, folder)
     if state.is_main_process:
-        _show(folder, max(one.skipped for one in work))
+        _show(folder, max(work, key=lambda one: one.skipped))
 
 
 def _tasks(suite: str | None, tasks: list[str] | None) -> list[Any]:
@@ -161,7 +161,7 @@ def _with_progress(runner: Any, model: Any, work: list, specs: list, config: Any
             raise
 
 
-def _show(folder: Path, skipped: int) -> None:
+def _show(folder: Path, most: Any) -> None:
     from rich.console import Console
 
     tables = importlib.import_module("rope_scaling.eval.report")
@@ -171,6 +171,6 @@ def _show(folder: Path, skipped: int) -> None:
         (folder / f"{name}.png").write_bytes(image)
     console = Console()
     tables.print_tables(run.rows, console)
-    if skipped:
-        console.print(f"{skipped} documents were shorter than the shortest length and skipped.")
+    if most.skipped:
+        console.print(f"Documents skipped because they {most.task.skipped_because}: {most.skipped}.")
     console.print(f"Rows, scores, tables and plots: {folder}. One page: rope-scaling report {folder}", soft_wrap=True)

@@ -216,6 +216,23 @@ def test_longbench_stands_at_the_length_that_holds_each_document_and_counts_the_
         own.items(SOURCE, dataclasses.replace(CONFIG, lengths=[64]), None)
 
 
+def test_longbench_by_the_command(monkeypatch, tmp_path, capsys):
+    rows = [
+        {"context": "The cat is red. " * many, "question": "Of what colour is it?", "answers": ["red"]}
+        for many in (300, 10, 50)
+    ]
+    serve(monkeypatch, rows, "longbench")
+    arguments = ["--tasks", "longbench_hotpotqa", "--model", "demo", "--method", "rerope", "--lengths", "1x,2x"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["harness", *arguments, "--output", str(tmp_path / "out")])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert "Documents skipped because they took more tokens than the longest length, with their answers: 1." in out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    scores = {(row["method"], row["to"]) for row in rows if row["metric"] == "score"}
+    assert scores == {(method, to) for method in ("unpatched", "cropping", "yarn", "rerope") for to in (256, 512)}
+
+
 def test_babilong_comes_in_the_size_of_each_length(monkeypatch):
     rows = [{"input": "Mary went home. " * 60, "question": "Where is Mary?", "target": "home"}] * 2
     asked = serve(monkeypatch, rows, "babilong")
