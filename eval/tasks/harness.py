@@ -11,10 +11,12 @@ What goes wrong in silence when a long-context model is handed over as it is, do
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 
@@ -202,18 +204,20 @@ def _token_counts(task: Any, tokenizer: str) -> Iterator[int]:
 
 def _score(model: Any, tokenizer: str, item: HarnessDocument, crop: int | None) -> np.ndarray:
     # `simple_evaluate` reads lm-eval's thousands of tasks anew in every call.
+    from lm_eval.api import task as building
     from lm_eval.evaluator import evaluate
     from transformers import set_seed
 
     name = item.task.config.task
     set_seed(_SEED)
     item.task.set_fewshot_seed(seed=_SEED)
-    result: Any = evaluate(
-        _lm(model, tokenizer, item.max_length, crop),
-        {"tasks": {name: item.task}, "groups": {}},
-        samples={name: [item.index]},
-        bootstrap_iters=0,
-    )
+    with patch.object(building, "tqdm", lambda documents, **_: documents):  # one document needs no bar
+        result: Any = evaluate(
+            _lm(model, tokenizer, item.max_length, crop),
+            {"tasks": {name: item.task}, "groups": {}},
+            samples={name: [item.index]},
+            bootstrap_iters=0,
+        )
     (sample,) = result["samples"][name][:1]
     values = [sample.get(metric) for metric in item.metrics]
     if not all(isinstance(value, int | float) for value in values):
@@ -238,11 +242,14 @@ def _lm(model: Any, tokenizer: str, max_length: int, crop: int | None) -> Any:
                 ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
             return ids, mask
 
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> Any:
             longest = max(len(context) + len(answer) for _, context, answer in requests)
             if longest > self.max_length + 1:
                 _check_cut(crop, longest, self.max_length)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
 
     return Lm(pretrained=model, tokenizer=_load_tokenizer(tokenizer), max_length=crop or max_length, batch_size=1)
 
@@ -253,6 +260,7 @@ def _load_tokenizer(tokenizer: str) -> Any:
     loaded = load_tokenizer(tokenizer)
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.eos_token
+    loaded.model_max_length = sys.maxsize  # it would warn of every text longer than the trained length
     return loaded
 
 

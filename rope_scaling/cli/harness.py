@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -21,6 +22,8 @@ def run(*, names: str, samples: int, timeout: int, model: str, methods: list[str
     if not methods:
         raise RopeScalingError("The harness takes its time for each method. Name them, as in `--method self_extend`.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # lm-eval says the same of the model with every document.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = importlib.import_module("rope_scaling.eval.tasks.harness")
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     made = harness.harness_tasks(chosen, tokenizer=model_source(model), samples=samples, timeout=timeout)

@@ -183,7 +183,7 @@ def serve(monkeypatch, rows, family):
     def load_dataset(path, name=None, split=None, **_):
         asked.append((path, name, split))
         made = datasets.Dataset.from_list(rows)
-        return datasets.DatasetDict(test=made) if split is None else made
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), made)) if split is None else made
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(lm_eval_tasks, "manager", lambda: lm_eval_tasks._family_manager(family))
@@ -214,6 +214,30 @@ def test_longbench_stands_at_the_length_that_holds_each_document_and_counts_the_
         RopeScalingError, match=r"No document of 'longbench_hotpotqa' fits in 64 tokens; the shortest takes \d"
     ):
         own.items(SOURCE, dataclasses.replace(CONFIG, lengths=[64]), None)
+
+
+def test_choices_are_scored_too(monkeypatch):
+    choices = {"text": ["red", "blue"], "label": ["A", "B"]}
+    rows = [
+        {"question": "Of what colour is the sky?" * many, "choices": choices, "answerKey": "B"} for many in (1, 60)
+    ]
+    serve(monkeypatch, rows, "arc")
+    own = task("arc_easy")
+    items, _ = own.items(SOURCE, CONFIG, None)
+    assert [(item.length, item.metrics) for item in items] == [(512, ("acc", "acc_norm")), (1024, ("acc", "acc_norm"))]
+    model = tiny()
+    expected = []
+    for item in items:
+        document = rows[item.index]
+        losses = []
+        for choice in choices["text"]:
+            prompt = SOURCE.encode(f"Question: {document['question']}\nAnswer:")
+            ids = torch.tensor([prompt + SOURCE.encode(f" {choice}")])
+            with torch.no_grad():
+                found = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            losses.append(float(found.gather(-1, ids[0, len(prompt) :, None]).sum()))
+        expected.append(float(losses[1] > losses[0]))
+    assert [own.score(model, item, CONFIG)[0] for item in items] == expected
 
 
 def test_longbench_by_the_command(monkeypatch, tmp_path, capsys):
