@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -224,7 +225,9 @@ def main(arguments: list[str] | None = None) -> Any:
     """Runs the command line; anything the user can mend ends in one line on standard error and exit status 2."""
     command = typer.main.get_command(app)
     try:
-        sys.exit(command.main(arguments, prog_name="rope-scaling", standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            sys.exit(command.main(arguments, prog_name="rope-scaling", standalone_mode=False) or 0)
     except RopeScalingError as error:
         fail(str(error))
     except Exception as error:
@@ -234,6 +237,16 @@ def main(arguments: list[str] | None = None) -> Any:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning for users in one line; they have written none of the lines that Python would name."""
+    if category is UserWarning:
+        print(f"rope-scaling: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def fail(message: str) -> None:

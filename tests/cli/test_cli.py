@@ -242,6 +242,16 @@ def test_the_exit_status_reaches_the_shell():
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
 
+def test_a_warning_is_one_line(folder, text, tmp_path, capsys):
+    arguments = ["--model", folder, "--method", "self_extend:group_size=2", "--data", text, "--lengths", "4x"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *map(str, arguments), "--factor", "2", "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("rope-scaling: warning: A text of 255 tokens is beyond the reach") for line in lines)
+    assert not any("UserWarning" in line for line in lines)
+
+
 def test_an_interrupted_download_is_one_line(tmp_path, monkeypatch, capsys):
     import transformers
 
