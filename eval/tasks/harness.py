@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 
@@ -211,7 +211,7 @@ def _score(model: Any, tokenizer: str, item: HarnessDocument, crop: int | None) 
     name = item.task.config.task
     set_seed(_SEED)
     item.task.set_fewshot_seed(seed=_SEED)
-    with patch.object(building, "tqdm", lambda documents, **_: documents):  # one document needs no bar
+    with mock.patch.object(building, "tqdm", lambda documents, **_: documents):  # one document needs no bar
         result: Any = evaluate(
             _lm(model, tokenizer, item.max_length, crop),
             {"tasks": {name: item.task}, "groups": {}},
