@@ -41,6 +41,8 @@ _RULER_ROOM = 128
 """Tokens beyond a RULER prompt's length for the answer: lm-eval counts some prompts without it."""
 _BABILONG_ROOM = 0.25
 """Of the length: BABILong counts GPT-2's tokens, and neither instruction nor examples."""
+_LONG_GROUPS = {"ruler": RULER, "babilong_longctx": BABILONG}
+"""Groups whose members are known without loading what they would load at other lengths."""
 _SEED = 0
 """Of examples in prompts, and of tasks that draw samples."""
 
@@ -173,8 +175,8 @@ def harness_tasks(names: Sequence[str], **settings: Any) -> list[HarnessTask]:
     check_installed()
     members: list[str] = []
     for name in names:
-        if name in ("ruler", *RULER, *BABILONG):
-            members += RULER if name == "ruler" else [name]
+        if name in _LONG_GROUPS or name in (*RULER, *BABILONG):
+            members += _LONG_GROUPS.get(name, [name])
         elif name in manager().all_subtasks:
             members.append(name)
         elif name in manager().all_groups or name in manager().all_tags:

@@ -78,7 +78,9 @@ def babilong_task(name: str, length: int) -> Any:
         RopeScalingError: the task has no haystack, or there is no such size.
     """
     if name not in BABILONG:
-        raise RopeScalingError(f"{name!r} has no long texts, only its facts; those that have: {', '.join(BABILONG)}.")
+        raise RopeScalingError(
+            f"{name!r} has no long texts, only its facts; those that have: {', '.join(BABILONG)} (`babilong_longctx`)."
+        )
     size = max((size for size in _BABILONG_SIZES if size * 1024 <= length), default=None)
     if size is None or length >= 2048 * _BABILONG_SIZES[-1]:
         raise RopeScalingError(
@@ -153,7 +155,7 @@ def _load(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])["tasks"][name]
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise RopeScalingError(f"lm-eval cannot load the task {name!r}: {reason}") from error
 
 

@@ -164,6 +164,8 @@ def test_questions_with_several_answers_count_any_of_them():
 def test_groups_stand_for_their_members_and_unknown_names_are_told():
     names = [one.name for one in harness_tasks(["ruler", "niah_single_1"], tokenizer=TOKENIZER)]
     assert names == list(lm_eval_tasks.RULER)
+    long = [one.name for one in harness_tasks(["babilong_longctx"], tokenizer=TOKENIZER)]
+    assert long == list(lm_eval_tasks.BABILONG)
     with pytest.raises(
         RopeScalingError, match=r"Unknown lm-eval task 'niah_singel_1'. Did you mean 'niah_single_"
     ) as told:
