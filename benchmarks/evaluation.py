@@ -4,8 +4,9 @@
     python benchmarks/evaluation.py --real     # the model in ROPE_SCALING_REAL_MODEL, in place of the embedded one
 
 Time: the pass at 8x against a bare chunked forward over the same tokens, and against YaRN's protocol for the same
-text, 64 prefixes of it, each read from its start; a grid of needles, 4 lengths by 10 depths, against bare prefills of
-its lengths, and against one for every cell. Both sides take turns in one run on one machine; a ratio is of medians.
+text, 64 prefixes of it, each read from its start; a grid of needles, 4 lengths by 10 depths, in a text a length and in
+one text for all, against bare prefills of its lengths, and against one for every cell. Both sides take turns in one
+run on one machine; a ratio is of medians.
 Memory: peak resident size of one process for each length, of the evaluation and of one call with all logits, on a
 model with a vocabulary of 49,152.
 """
@@ -19,19 +20,21 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
 import rope_scaling
-from rope_scaling.eval.answers import answer_scores
+from rope_scaling.eval.answers import Trial, answer_scores
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.tasks.base import Source
 from rope_scaling.eval.tasks.niah import NiahMultikey
+from rope_scaling.eval.tasks.niah_nested import NiahNested
 from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.texts import read_texts
@@ -155,7 +158,7 @@ def yarn_protocol(pairs: int = 3, points: int = 64) -> dict:
 
 
 def niah_grid(name: str, label: str, chunk: int, pairs: int = 5) -> list[dict]:
-    """A needle at each of 10 depths of 4 lengths, in one reading of each length, and bare prefills of them."""
+    """A needle at each of 10 depths of 4 lengths, against a bare prefill of each length and of each cell."""
     model = load_model(name, dtype="bfloat16")
     trained = model.config.max_position_embeddings
     lengths = [512, 1024, 1536, 2048] if name == "demo" else [trained // 4, trained // 2, trained, 2 * trained]
@@ -163,24 +166,36 @@ def niah_grid(name: str, label: str, chunk: int, pairs: int = 5) -> list[dict]:
         model=name, data="", lengths=lengths, trained_length=trained, factor=2, dtype="bfloat16", device="cpu"
     )
     source = Source(lambda: read_texts("python-reference"), load_tokenizer(name))
-    trials, _ = NiahMultikey(trials=1).items(source, config, model)
-    texts = [torch.tensor([trial.prompts[0].context]) for trial in trials]
+    grids = {
+        f"niah {kind}, {label}": task(trials=1).items(source, config, model)[0]
+        for kind, task in (("grid", NiahMultikey), ("nested grid", NiahNested))
+    }
+    texts = [torch.tensor([prompt.context]) for trial in next(iter(grids.values())) for prompt in trial.prompts]
 
-    def grid() -> None:
+    def grid(trials: Sequence[Trial]) -> None:
         for trial in trials:
             answer_scores(model, trial.prompts, chunk)
 
-    def prefills(times: int = 1) -> None:
+    def prefills(times: int) -> None:
         for text in texts * times:
             bare_forward(model, text, chunk, keep=1)
 
-    ours, bare = in_turns(grid, prefills, pairs)
-    shown = {"lengths": lengths, "depths": 10, "pairs": pairs, "threads": torch.get_num_threads(), "grid_ms": ours}
-    rows = [{"what": f"niah grid, {label}", **shown, "prefills_ms": bare, "ratio": ours / bare}]
-    if name == "demo":
-        ours, each = in_turns(grid, lambda: prefills(10), pairs)
-        row = {"what": f"niah grid, {label}, a prefill for every cell", **shown, "grid_ms": ours}
-        rows.append({**row, "prefills_ms": each, "ratio": each / ours})
+    rows = []
+    for what, trials in grids.items():
+        for each, times in (("length", 1), ("cell", 10)) if name == "demo" else (("length", 1),):
+            ours, bare = in_turns(partial(grid, trials), partial(prefills, times), pairs)
+            rows.append(
+                {
+                    "what": f"{what}, and a prefill a {each}",
+                    "lengths": lengths,
+                    "depths": 10,
+                    "grid_ms": ours,
+                    "prefills_ms": bare,
+                    "ratio": ours / bare if each == "length" else bare / ours,
+                    "pairs": pairs,
+                    "threads": torch.get_num_threads(),
+                }
+            )
     return rows
 
 

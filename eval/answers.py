@@ -39,21 +39,29 @@ class Prompt:
     context: list[int]
     questions: list[Question]
 
+    @property
+    def length(self) -> int:
+        """Tokens with the longest question and answer."""
+        return len(self.context) + max(len(question.ids) + len(question.answer) for question in self.questions)
+
 
 @dataclass(frozen=True)
 class Trial:
     """Prompts that are scored together; those that begin alike share what they have read."""
 
     name: str
-    length: int
-    """Tokens of a prompt with its longest question and answer."""
     prompts: list[Prompt] = field(repr=False)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prompt of every question."""
+        return [prompt.length for prompt in self.prompts for _ in prompt.questions]
 
     @property
     def sha256(self) -> str:
         """Hash of all token ids, 16 hexadecimal digits."""
         parts = [[prompt.context, *([q.ids, q.answer] for q in prompt.questions)] for prompt in self.prompts]
-        return hashlib.sha256(repr((self.length, parts)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((max(self.lengths), parts)).encode()).hexdigest()[:16]
 
     @property
     def cost(self) -> int:

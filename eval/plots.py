@@ -26,9 +26,9 @@ def png(figure: Any) -> bytes:
 
 
 def curves_figure(curves: dict[str, list[np.ndarray]], trained_length: int, title: str) -> Any:
-    """Loss against position, one line a method, on a logarithmic axis of positions.
+    """Loss against position, one line a method, on a logarithmic axis of positions; below, the same less cropping.
 
-    Few methods get bands, the 95% interval over documents of each bin.
+    Few methods get bands, the 95% interval over documents of each bin; those of differences are paired.
 
     Args:
         curves (`dict` of label to list of `np.ndarray`): Loss at every position, one array `[T - 1]` a document.
@@ -37,29 +37,66 @@ def curves_figure(curves: dict[str, list[np.ndarray]], trained_length: int, titl
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, max(5.6, 0.22 * len(curves))), layout="constrained")
-    axes = figure.subplots()
+    look = looks()
+    styles = {label: look(label) for label in curves}
+    differences = _less_cropping(curves)
+    # The loss of a model that breaks sets the scale above, and the hardness of the text most of the shape.
+    panels = 2 if differences else 1
+    figure = Figure(figsize=(10, max(5.6 * panels * 0.8, 0.22 * len(curves))), layout="constrained")
+    above, *below = figure.subplots(panels, squeeze=False, sharex=True)[:, 0]
     longest = max(len(curve) for values in curves.values() for curve in values)
     edges = np.unique(np.geomspace(max(trained_length / 8, 2), longest, 28).astype(int))
-    look = looks()
+    _legend(above, _draw(above, curves, edges, styles))
+    above.annotate(
+        "trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+    )
+    above.set(ylabel="loss, nats a token", title=title)
+    for axes in below:
+        _draw(axes, differences, edges, styles)
+        axes.axhline(0, **styles[CROPPING])
+        axes.set(ylabel="difference to cropping, nats a token")
+        _logarithmic_beyond_a_tenth(axes)
+    for axes in (above, *below):
+        axes.axvline(trained_length, color="grey", linestyle=":")
+        axes.grid(alpha=0.3)
+    ticks = [trained_length * 2**k for k in range(-3, 12) if edges[0] <= trained_length * 2**k <= longest * 1.01]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}\n{tick / trained_length:g}x" for tick in ticks])
+    axes.set(xlabel="position, tokens", xlim=(edges[0], longest * 1.01))
+    return figure
+
+
+def _less_cropping(curves: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """What each method loses to cropping at every position; empty without methods or cropping."""
+    cropping = curves.get(CROPPING, [])
+    shape = [len(curve) for curve in cropping]
+    others = {
+        label: [own - crop for own, crop in zip(values, cropping, strict=True)]
+        for label, values in curves.items()
+        if label != CROPPING and [len(curve) for curve in values] == shape
+    }
+    return others if others.keys() - {UNPATCHED} else {}
+
+
+def _draw(
+    axes: Any, curves: dict[str, list[np.ndarray]], edges: np.ndarray, styles: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    """A line for each of some curves, and where each ends."""
     last = {}
     for label, values in curves.items():
         positions, losses, lows, highs = _binned(values, edges)
-        (line,) = axes.plot(positions, losses, label=label, **look(label))
+        (line,) = axes.plot(positions, losses, label=label, **styles[label])
         if len(values) > 1 and len(curves) <= _MOST_BANDS:
             axes.fill_between(positions, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
         last[label] = losses[-1]
-    axes.axvline(trained_length, color="grey", linestyle=":")
-    axes.annotate(
-        "trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
-    )
-    axes.set_xscale("log", base=2)
-    ticks = [trained_length * 2**k for k in range(-3, 12) if edges[0] <= trained_length * 2**k <= longest * 1.01]
-    axes.set_xticks(ticks, [f"{tick:g}\n{tick / trained_length:g}x" for tick in ticks])
-    axes.set(xlabel="position, tokens", ylabel="loss, nats a token", title=title, xlim=(edges[0], longest * 1.01))
-    axes.grid(alpha=0.3)
-    _legend(axes, last)
-    return figure
+    return last
+
+
+def _logarithmic_beyond_a_tenth(axes: Any) -> None:
+    """A model that collapses loses nats, one that reads on gains hundredths."""
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.autoscale(axis="y")
 
 
 def lengths_figure(rows: list[dict[str, Any]], field: str, trained_length: int, title: str, label: str) -> Any:
@@ -90,10 +127,7 @@ def lengths_figure(rows: list[dict[str, Any]], field: str, trained_length: int, 
     if field == "accuracy":
         axes.set_ylim(-0.03, 1.03)
     elif field == "gain":
-        # A model that collapses loses nats, one that reads on gains hundredths.
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.autoscale(axis="y")
+        _logarithmic_beyond_a_tenth(axes)
     axes.grid(alpha=0.3)
     _legend(axes, last)
     return figure

@@ -7,6 +7,7 @@ from rope_scaling.eval.tasks.context_gain import ContextGain
 from rope_scaling.eval.tasks.copying import Copy, KvRetrieval
 from rope_scaling.eval.tasks.key_tokens import KeyTokens
 from rope_scaling.eval.tasks.niah import NiahMultikey, NiahMultiquery, NiahMultivalue, NiahSingle, Passkey
+from rope_scaling.eval.tasks.niah_nested import NiahNested
 from rope_scaling.eval.tasks.perplexity import Perplexity
 from rope_scaling.eval.tasks.protocols import LongLoraStream, PoseStride, YarnStride, YarnTruncate
 from rope_scaling.eval.tasks.retrieval import RetrievalTask
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     "passkey": Passkey,
     "niah_single": NiahSingle,
     "niah_multikey": NiahMultikey,
+    "niah_nested": NiahNested,
     "niah_multivalue": NiahMultivalue,
     "niah_multiquery": NiahMultiquery,
     "yarn_truncate": YarnTruncate,

@@ -38,26 +38,44 @@ class _Niah(RetrievalTask):
 
         A set is pairs of a depth, ascending, and tokens; all sets have as many tokens.
         """
-        head = writer.source.bos + writer.encode(self.header)
+        head = self.head(writer)
         filler = writer.text(length - len(head) - sum(len(ids) for _, ids in needles[0]))
-        cuts = filler.cuts
-        texts = []
-        for pairs in needles:
-            text, last = list(head), 0
-            for depth, ids in pairs:
-                place = int(cuts[np.abs(cuts - depth * len(filler.ids)).argmin()])
-                text += filler.ids[last:place] + ids
-                last = place
-            texts.append(text + filler.ids[last:])
-        return texts
+        return [head + hide(filler, pairs) for pairs in needles]
+
+    def head(self, writer: Writer) -> list[int]:
+        """What every text begins with."""
+        return writer.source.bos + writer.encode(self.header)
+
+    def hidden(self, writer: Writer, count: int) -> list[tuple[tuple[str, str], list[int]]]:
+        """As many needles: key and value, and tokens."""
+        pairs = zip(writer.keys(count, word), writer.numbers(count, self.digits), strict=True)
+        return [((key, value), writer.encode(self.needle.format(key=key, value=value))) for key, value in pairs]
 
     def ask(self, writer: Writer, key: str, value: str, depth: float | None = None) -> Question:
         """The question for a key."""
         return writer.question(self.question.format(key=key), self.answer.format(value=value), depth)
 
 
+def hide(filler: Filler, needles: Sequence[tuple[float, list[int]]]) -> list[int]:
+    """The filler with needles in it: pairs of a depth, ascending, and tokens. Each stands where a sentence begins."""
+    cuts = filler.cuts
+    text, last = list[int](), 0
+    for depth, ids in needles:
+        place = int(cuts[np.abs(cuts - depth * len(filler.ids)).argmin()])
+        text += filler.ids[last:place] + ids
+        last = place
+    return text + filler.ids[last:]
+
+
+def longest(questions: Sequence[Question]) -> int:
+    """Tokens of the longest question with its answer."""
+    return max(len(question.ids) + len(question.answer) for question in questions)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Grid(_Niah):
+class NiahGrid(_Niah):
+    """Needles at depths."""
+
     depths: int | list[float] = 10
     """Depths from 0, the start of the text, to 1, its end; a number of them means as many evenly spaced."""
 
@@ -80,7 +98,7 @@ class _Grid(_Niah):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NiahMultikey(_Grid):
+class NiahMultikey(NiahGrid):
     """A needle at every depth, each with its own key, and a question for each, on one reading of the text."""
 
     name: ClassVar[str] = "niah_multikey"
@@ -89,18 +107,14 @@ class NiahMultikey(_Grid):
     def prompts(self, writer: Writer, length: int) -> list[Prompt]:
         """One prompt with a question a depth."""
         depths = sorted(self.grid())
-        pairs = list(zip(writer.keys(len(depths), word), writer.numbers(len(depths), self.digits), strict=True))
-        needles = [
-            (depth, writer.encode(self.needle.format(key=key, value=value)))
-            for depth, (key, value) in zip(depths, pairs, strict=True)
-        ]
-        questions = [self.ask(writer, *pair, depth) for depth, pair in zip(depths, pairs, strict=True)]
-        tail = max(len(question.ids) + len(question.answer) for question in questions)
-        return [Prompt(text, questions) for text in self.texts(writer, length - tail, [needles])]
+        hidden = self.hidden(writer, len(depths))
+        questions = [self.ask(writer, *pair, depth) for depth, (pair, _) in zip(depths, hidden, strict=True)]
+        needles = [(depth, ids) for depth, (_, ids) in zip(depths, hidden, strict=True)]
+        return [Prompt(text, questions) for text in self.texts(writer, length - longest(questions), [needles])]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NiahSingle(_Grid):
+class NiahSingle(NiahGrid):
     """One needle a prompt, at one depth after the other of the same text."""
 
     name: ClassVar[str] = "niah_single"
@@ -108,12 +122,10 @@ class NiahSingle(_Grid):
 
     def prompts(self, writer: Writer, length: int) -> list[Prompt]:
         """A prompt a depth, deepest first, so that each begins like the one before it as far as it can."""
-        (key,), (value,) = writer.keys(1, word), writer.numbers(1, self.digits)
-        ids = writer.encode(self.needle.format(key=key, value=value))
+        (((key, value), ids),) = self.hidden(writer, 1)
         question = self.ask(writer, key, value)
         depths = sorted(self.grid(), reverse=True)
-        tail = len(question.ids) + len(question.answer)
-        texts = self.texts(writer, length - tail, [[(depth, ids)] for depth in depths])
+        texts = self.texts(writer, length - longest([question]), [[(depth, ids)] for depth in depths])
         return [
             Prompt(text, [Question(question.ids, question.answer, depth)])
             for depth, text in zip(depths, texts, strict=True)
@@ -161,8 +173,7 @@ class _Listed(_Niah):
             for depth, (key, value) in zip(self.scattered(writer), pairs, strict=True)
         ]
         question = self.ask(writer, keys, ", ".join(value for _, value in pairs))
-        tail = len(question.ids) + len(question.answer)
-        return [Prompt(text, [question]) for text in self.texts(writer, length - tail, [needles])]
+        return [Prompt(text, [question]) for text in self.texts(writer, length - longest([question]), [needles])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +26,26 @@ class RetrievalTask(Task):
 
     @abstractmethod
     def prompts(self, writer: Writer, length: int) -> list[Prompt]:
-        """The prompts of one trial, of at most `length` tokens each with the longest question and answer."""
+        """The prompts of one trial, of `length` tokens each with the longest question and answer."""
 
     def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Trial], int]:
         """Every trial of every length; a trial depends on seed, length and its number alone."""
+        filler = self.filler(source, config)
+        return [
+            Trial(name, self.prompts(writer, length))
+            for length in config.lengths
+            for name, writer in self.writers(source, filler, config, length)
+        ], 0
+
+    def writers(
+        self, source: Source, filler: Filler, config: EvaluationConfig, length: int
+    ) -> Iterator[tuple[str, Writer]]:
+        """The names of the trials of a length, and who writes them."""
         if self.trials < 1:
             raise RopeScalingError(f"`trials` of {self.name!r} must be positive; got {self.trials}.")
-        filler = self.filler(source, config)
-        items = []
-        for length in config.lengths:
-            for number in range(self.trials):
-                rng = random.Random(f"{config.seed} {self.name} {length} {number}")
-                prompts = self.prompts(Writer(source, filler, rng, self.name), length)
-                items.append(Trial(f"{self.name}, {length} tokens, trial {number}", length, prompts))
-        return items, 0
+        for number in range(self.trials):
+            rng = random.Random(f"{config.seed} {self.name} {length} {number}")
+            yield f"{self.name}, {length} tokens, trial {number}", Writer(source, filler, rng, self.name)
 
     def filler(self, source: Source, config: EvaluationConfig) -> Filler:
         """The text that hides the answers."""
@@ -51,27 +57,35 @@ class RetrievalTask(Task):
 
     def score_cropped(self, model: Any, item: Trial, plain: np.ndarray, config: EvaluationConfig) -> np.ndarray:
         """The last tokens of each prompt that fit in the trained length, behind the prompt's first."""
-        if item.length <= config.trained_length:
+        long = np.array(item.lengths) > config.trained_length
+        if not long.any():
             return plain
-        cropped = []
-        for prompt in item.prompts:
-            longest = max(len(question.ids) + len(question.answer) for question in prompt.questions)
-            room = config.trained_length - longest - 1
-            if room < 0:
-                raise RopeScalingError(
-                    f"A question of {self.name!r} and its answer have {longest} tokens; the model's trained length is "
-                    f"{config.trained_length}, so cropping leaves nothing to read. Ask for less."
-                )
-            cropped.append(Prompt(prompt.context[:1] + prompt.context[len(prompt.context) - room :], prompt.questions))
-        return answer_scores(model, cropped, config.chunk_size)
+        prompts = [self._crop(prompt, config) for prompt in item.prompts if prompt.length > config.trained_length]
+        cropped = plain.copy()
+        cropped[long] = answer_scores(model, prompts, config.chunk_size)
+        return cropped
+
+    def _crop(self, prompt: Prompt, config: EvaluationConfig) -> Prompt:
+        longest = prompt.length - len(prompt.context)
+        room = config.trained_length - longest - 1
+        if room < 0:
+            raise RopeScalingError(
+                f"A question of {self.name!r} and its answer have {longest} tokens; the model's trained length is "
+                f"{config.trained_length}, so cropping leaves nothing to read. Ask for less."
+            )
+        return Prompt(prompt.context[:1] + prompt.context[len(prompt.context) - room :], prompt.questions)
 
     def rows(self, items: Sequence[Trial], scores: Scores, config: EvaluationConfig) -> list[Row]:
         """A row a length, and a row a depth of each where answers lie at depths."""
         rows = []
         for length in config.lengths:
-            chosen = [index for index, item in enumerate(items) if item.length == length]
-            depths = [np.array([q.depth for q in items[index].questions], dtype=float) for index in chosen]
-            rows.append(self._row("length", length, None, chosen, [np.ones(len(d), bool) for d in depths], scores))
+            chosen = [index for index, item in enumerate(items) if length in item.lengths]
+            inside = [np.array(items[index].lengths) == length for index in chosen]
+            depths = [
+                np.where(mask, np.array([q.depth for q in items[index].questions], dtype=float), np.nan)
+                for index, mask in zip(chosen, inside, strict=True)
+            ]
+            rows.append(self._row("length", length, None, chosen, inside, scores))
             for depth in sorted({value for part in depths for value in part if value == value}):
                 rows.append(self._row("cell", length, depth, chosen, [part == depth for part in depths], scores))
         return rows
@@ -176,14 +190,18 @@ class Writer:
         Raises:
             RopeScalingError: what has to stand in the prompt beside it leaves no room.
         """
+        self.check_room(length)
+        starts = self.cuts[self.cuts <= len(self.filler.ids) - length]
+        start = int(starts[self.rng.randrange(len(starts))])
+        return Filler(self.filler.ids[start : start + length], self.filler.enders)
+
+    def check_room(self, length: int) -> None:
+        """Raises `RopeScalingError` if a text has that many tokens and they are fewer than none."""
         if length < 0:
             raise RopeScalingError(
                 f"{self.task!r}: what is hidden and what is asked have {-length} tokens more than the prompt. Hide "
                 "less, or give longer `--lengths`."
             )
-        starts = self.cuts[self.cuts <= len(self.filler.ids) - length]
-        start = int(starts[self.rng.randrange(len(starts))])
-        return Filler(self.filler.ids[start : start + length], self.filler.enders)
 
     def keys(self, count: int, make: Callable[[random.Random], str]) -> list[str]:
         """Different made-up names."""

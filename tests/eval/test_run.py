@@ -297,4 +297,9 @@ def test_tables_and_plot(finished, tmp_path):
     assert text.index("| unpatched |") < text.index("| cropping |") < text.index("| yarn |")
     assert "tiny, trained length 64, factor 4, 4 documents of random" in text
     values = {one.label: one.scores["perplexity"] for one in curves}
-    assert png(curves_figure(values, TRAINED_LENGTH, "title")).startswith(b"\x89PNG")
+    figure = curves_figure(values, TRAINED_LENGTH, "title")
+    assert png(figure).startswith(b"\x89PNG")
+    above, below = ({line.get_label(): line.get_ydata() for line in axes.lines} for axes in figure.axes)
+    assert below["yarn"] == pytest.approx(above["yarn"] - above["cropping"]) and "cropping" not in below
+    alone = curves_figure({label: values[label] for label in ("unpatched", "cropping")}, TRAINED_LENGTH, "title")
+    assert len(alone.axes) == 1

@@ -1,6 +1,7 @@
 """Every task says of a planted model what is true of it."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -87,11 +88,11 @@ def test_cropping_finds_what_lies_in_the_end_and_no_more():
 @pytest.mark.parametrize("name", RETRIEVAL)
 def test_prompts_have_exactly_the_length_and_hold_the_answers(name):
     items, _ = small(name).items(make_source(), CONFIG, None)
-    assert len({item.sha256 for item in items}) == len(items) == 6
+    assert len({item.sha256 for item in items}) == len(items)
+    assert sorted(length for item in items for length in set(item.lengths)) == 3 * [256] + 3 * [512]
     for item in items:
         for prompt in item.prompts:
-            longest = max(len(q.ids) + len(q.answer) for q in prompt.questions)
-            assert len(prompt.context) + longest == item.length
+            assert prompt.length == len(prompt.context) + max(len(q.ids) + len(q.answer) for q in prompt.questions)
             assert prompt.context[0] == TOKENIZER.bos_token_id
             text = TOKENIZER.decode(prompt.context)
             for question in prompt.questions:
@@ -120,6 +121,26 @@ def test_the_same_seed_gives_the_same_prompts_whatever_else_is_asked():
     assert fixed[0][3].prompts[0].questions == fixed[1][0].prompts[0].questions
     reseeded = small("niah_multikey").items(make_source(), dataclasses.replace(CONFIG, seed=1), None)[0]
     assert one[0].sha256 != reseeded[0].sha256
+
+
+def test_nested_prompts_are_the_beginnings_of_one_text_and_share_needles():
+    config = dataclasses.replace(CONFIG, lengths=[512, 1024, 2048], trained_length=512)
+    (item,), _ = small("niah_nested", depths=5, trials=1).items(make_source(), config, None)
+    assert [prompt.length for prompt in item.prompts] == config.lengths
+    texts = [prompt.context for prompt in item.prompts]
+    assert all(longer[: len(text)] == text for text, longer in itertools.pairwise(texts))
+    # At 1024 the needles of depths 0, 1/4 and 1/2 are those of 0, 1/2 and 1 at 512.
+    assert [TOKENIZER.decode(text).count("The access code of") for text in texts] == [5, 7, 9]
+    for prompt in item.prompts:
+        text = TOKENIZER.decode(prompt.context)
+        for question in prompt.questions:
+            place = text.index(TOKENIZER.decode(question.ids + question.answer)) / len(text)
+            assert place == pytest.approx(question.depth, abs=0.15)
+    asked = [[q.answer for q in prompt.questions] for prompt in item.prompts]
+    assert asked[1][:3] == asked[0][::2]
+    model = Finder(VOCAB)
+    small("niah_nested", depths=5, trials=1).score(model, item, config)
+    assert model.read <= len(texts[-1]) + 15 * 64 < sum(map(len, texts))
 
 
 def test_a_single_needle_grid_reads_less_than_a_prompt_each():
@@ -266,6 +287,7 @@ def test_key_tokens_are_those_that_far_context_makes_predictable(tmp_path):
         ("niah_single", {"depths": 0}, "positive number of depths"),
         ("niah_multikey", {"trials": 0}, "`trials` of 'niah_multikey' must be positive"),
         ("niah_multikey", {"depths": 60}, "tokens more than the prompt. Hide less, or give longer"),
+        ("niah_nested", {"depths": 60}, "tokens more than the prompt. Hide less, or give longer"),
         ("niah_multivalue", {"num_values": 1}, "must be 2 or more"),
         ("niah_single", {"digits": 0}, "no 1 different numbers of 0 digits"),
         ("copy", {"cue": 40}, "`cue` must be positive and less than `span`"),
