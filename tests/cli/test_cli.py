@@ -1,4 +1,4 @@
-"""The command as a user runs it: a subprocess, its output, its exit status."""
+"""The command as a user runs it: its output and its exit status."""
 
 import json
 import os
@@ -37,8 +37,8 @@ def text(tmp_path_factory):
     return path
 
 
-def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path):
-    done = run(
+def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path, command):
+    done = command(
         "evaluate",
         "--model",
         folder,
@@ -69,14 +69,14 @@ def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path):
         assert word in done.stdout
 
 
-def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_from(folder, text, tmp_path):
+def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_from(folder, text, tmp_path, command):
     model = rope_scaling.patch(make_model("llama", vocab_size=4096), "resonance", wrapped="yarn", factor=2)
     model.save_pretrained(tmp_path / "saved")
     load_tokenizer("demo").save_pretrained(tmp_path / "saved")
     rows = {}
     for name, method in ((folder, ["--method", "yarn:factor=2"]), (tmp_path / "saved", [])):
         out = tmp_path / "out" / Path(name).name
-        done = run("evaluate", "--model", name, *method, "--data", text, "--output", out, "--lengths", "1x,2x")
+        done = command("evaluate", "--model", name, *method, "--data", text, "--output", out, "--lengths", "1x,2x")
         assert done.returncode == 0, done.stderr
         rows[name] = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     plain, saved = rows.values()
@@ -89,30 +89,30 @@ def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_
         assert one["frequencies_sha256"] == other["frequencies_sha256"]
 
 
-def test_methods_fit_one_screen():
-    lines = run("methods").stdout.splitlines()
+def test_methods_fit_one_screen(command):
+    lines = command("methods").stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in METHODS)
 
 
-def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder):
-    plain = run("describe", folder)
+def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder, command):
+    plain = command("describe", folder)
     assert plain.returncode == 0 and "model.rotary_emb: not patched" in plain.stdout
-    would = run("describe", folder, "--method", "yarn:beta_fast=16", "--factor", "4", "--pairs")
+    would = command("describe", folder, "--method", "yarn:beta_fast=16", "--factor", "4", "--pairs")
     assert "yarn(factor=4, beta_fast=16)" in would.stdout and "turns in trained / target length" in would.stdout
 
 
-def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path):
-    printed = run("export", folder, "--target", "vllm", "--method", "ntk", "--factor", "4")
+def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):
+    printed = command("export", folder, "--target", "vllm", "--method", "ntk", "--factor", "4")
     keys = json.loads(printed.stdout)
     assert keys["max_position_embeddings"] == 256 and keys["rope_theta"] > 10000
-    done = run("export", folder, "--target", "sglang", "--method", "yarn", "--factor", "4", "--out", tmp_path / "out")
+    done = command("export", folder, "--target", "sglang", "--method", "yarn", "--factor", "4", "--out", tmp_path / "out")
     assert done.returncode == 0 and "how to serve it stands in its README.md" in done.stdout
     saved = tmp_path / "saved"
     rope_scaling.patch(make_model("llama", vocab_size=4096), "yarn", factor=4).save_pretrained(saved)
-    again = run("export", saved, "--target", "sglang")
+    again = command("export", saved, "--target", "sglang")
     assert json.loads(again.stdout)["rope_parameters"]["factor"] == 4
-    refused = run("export", folder, "--target", "vllm", "--method", "rerope", "--out", tmp_path / "no")
+    refused = command("export", folder, "--target", "vllm", "--method", "rerope", "--out", tmp_path / "no")
     assert refused.returncode == 2 and "'rerope' changes attention" in refused.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("out", "saved")] == []
 

@@ -32,17 +32,17 @@ def own_recipe(folder):
     )
 
 
-def test_without_a_recipe_it_lists_them(tmp_path):
-    done = run(cwd=tmp_path)
+def test_without_a_recipe_it_lists_them(tmp_path, command):
+    done = command("finetune", cwd=tmp_path)
     assert done.returncode == 0
     listed = [line.split()[0] for line in done.stdout.splitlines() if line[:1].strip()]
     assert listed == recipe_names()
 
 
-def test_dry_run_says_what_would_be_done_and_does_nothing(tmp_path):
+def test_dry_run_says_what_would_be_done_and_does_nothing(tmp_path, command):
     own_recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    done = run("own.yaml", "--dry-run", "training.max_steps=7", cwd=tmp_path)
+    done = command("finetune", "own.yaml", "--dry-run", "training.max_steps=7", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "reads 64 tokens, is to read 128" in done.stdout and "7, 7,168 tokens" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
@@ -67,9 +67,9 @@ def test_a_run_shows_before_and_after(tmp_path):
         (["demo_yarn", "--output-dir", "."], "exists and is not empty"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, message, tmp_path):
+def test_mistakes_end_in_one_line(arguments, message, tmp_path, command):
     (tmp_path / "something").write_text("else")
-    done = run(*arguments, cwd=tmp_path)
+    done = command("finetune", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
