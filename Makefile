@@ -14,7 +14,7 @@ REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dy
 REAL_TASKS = --task perplexity --task niah_multikey:trials=2 --task context_gain \
 	$(addprefix --method ,self_extend angle_clip ntk dual_chunk rerope dynamic_yarn linear)
 REAL_TASKS_32K = --task niah_multikey:trials=1 --task perplexity --task context_gain \
-	$(addprefix --method ,self_extend angle_clip+log_n rerope+log_n dual_chunk)
+	$(addprefix --method ,self_extend angle_clip+log_n rerope+log_n dual_chunk lm_infinite)
 REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chunk yarn angle_clip+log_n rerope+log_n \
 	lm_infinite sliding_window sliding_window:num_sinks=4 dynamic_yarn ntk self_extend+log_n dual_chunk+log_n \
 	mrrope_pro linear string)

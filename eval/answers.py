@@ -42,7 +42,12 @@ class Prompt:
     @property
     def length(self) -> int:
         """Tokens with the longest question and answer."""
-        return len(self.context) + max(len(question.ids) + len(question.answer) for question in self.questions)
+        return len(self.context) + longest(self.questions)
+
+
+def longest(questions: Sequence[Question]) -> int:
+    """Tokens of the longest question with its answer."""
+    return max(len(question.ids) + len(question.answer) for question in questions)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from rope_scaling.demo.retrieval import word
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.answers import Prompt, Question
+from rope_scaling.eval.answers import Prompt, Question, longest
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.tasks.base import Source
 from rope_scaling.eval.tasks.retrieval import Filler, RetrievalTask, Writer, make_filler
@@ -65,11 +65,6 @@ def hide(filler: Filler, needles: Sequence[tuple[float, list[int]]]) -> list[int
         text += filler.ids[last:place] + ids
         last = place
     return text + filler.ids[last:]
-
-
-def longest(questions: Sequence[Question]) -> int:
-    """Tokens of the longest question with its answer."""
-    return max(len(question.ids) + len(question.answer) for question in questions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rope_scaling.eval.answers import Prompt, Trial
+from rope_scaling.eval.answers import Prompt, Trial, longest
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.tasks.base import Source
-from rope_scaling.eval.tasks.niah import NiahGrid, hide, longest
+from rope_scaling.eval.tasks.niah import NiahGrid, hide
 from rope_scaling.eval.tasks.retrieval import Filler, Writer
 
 
