@@ -74,7 +74,7 @@ real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the pla
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x --factor 2 $(REAL_TASKS) \
 		--output runs/smollm2-135m-tasks
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x --factor 4 \
-		$(REAL_METHODS_32K) --output runs/smollm2-135m-32k
+		--task perplexity --task repeats $(REAL_METHODS_32K) --output runs/smollm2-135m-32k
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x,4x --factor 4 $(REAL_TASKS_32K) \
 		--output runs/smollm2-135m-32k-tasks
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py

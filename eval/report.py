@@ -63,6 +63,15 @@ def difference_table(rows: list[Row], field: str = "difference", omit: str = UNP
     ]
 
 
+def repeats_table(rows: list[Row], text: Any, omit: str = "") -> list[list[str]]:
+    """Header and one line a method: a text made of the row of tokens that repeat, and of the row of the others."""
+    kinds = ("repeats", "others")
+    found = _by_method(rows, [(kind, rows[0]["trained_length"], rows[0]["lengths"][-1]) for kind in kinds])
+    return [["method", *kinds]] + [
+        [method, *("" if row is None else text(row) for row in pair)] for method, pair in found if method != omit
+    ]
+
+
 def _by_method(rows: list[Row], columns: list[tuple[str, int, int]]) -> list[tuple[str, list[Row | None]]]:
     """Each method's rows for the columns: kind of measure, and the positions from and to."""
     found = {(row["method"], row["measure"], row.get("from"), row.get("to")): row for row in rows}
@@ -127,6 +136,16 @@ def tables(rows: list[Row]) -> list[Table]:
             found.append(Table(f"Perplexity of the {count} key tokens, by position", perplexity_table(own)))
             title = f"Key tokens: difference to {CROPPING}, nats a token, 95% interval"
             found.append(Table(title, difference_table(own, "to_cropping", CROPPING)))
+        elif task == "repeats":
+            counts = {row["measure"]: row["tokens"] for row in own}
+            title = (
+                f"Perplexity beyond 1x of the {counts.get('repeats', 0):,} tokens that repeat what stood more than 1x "
+                f"back, and of the {counts.get('others', 0):,} others"
+            )
+            found.append(Table(title, repeats_table(own, lambda row: perplexity_text(row["nll"]))))
+            title = f"Repeats and others: difference to {CROPPING}, nats a token, 95% interval"
+            text = repeats_table(own, lambda row: difference_text(row, "to_cropping"), CROPPING)
+            found.append(Table(title, text))
         elif "context" in kinds:
             title = "Context gain: nats a token that more context than 1x saves on the same last tokens, 95% interval"
             found.append(Table(title, _by_length(own, "context", lambda row: difference_text(row, "gain"))))

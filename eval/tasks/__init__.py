@@ -10,6 +10,7 @@ from rope_scaling.eval.tasks.niah import NiahMultikey, NiahMultiquery, NiahMulti
 from rope_scaling.eval.tasks.niah_nested import NiahNested
 from rope_scaling.eval.tasks.perplexity import Perplexity
 from rope_scaling.eval.tasks.protocols import LongLoraStream, PoseStride, YarnStride, YarnTruncate
+from rope_scaling.eval.tasks.repeats import Repeats
 from rope_scaling.eval.tasks.retrieval import RetrievalTask
 
 
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
     "context_gain": ContextGain,
     "key_tokens": KeyTokens,
+    "repeats": Repeats,
     "copy": Copy,
     "kv_retrieval": KvRetrieval,
     "passkey": Passkey,

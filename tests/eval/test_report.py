@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     source = Source(lambda: read_texts("python-reference"), load_tokenizer("demo"), pieces=True, max_documents=4)
     settings = {
         "perplexity": {},
+        "repeats": {"ngram": 2},
         "context_gain": {"num_targets": 32},
         "kv_retrieval": {"trials": 3},
         "niah_multikey": {"trials": 2, "depths": 3},

@@ -15,6 +15,7 @@ from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
 from rope_scaling.eval.suites import check_tasks, make_task, parse_task, read_suite, suite_names
 from rope_scaling.eval.tasks import TASKS, RetrievalTask, Scores, Source
+from rope_scaling.eval.tasks.repeats import far_repeats
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.texts import read_texts
 
@@ -277,6 +278,27 @@ def test_key_tokens_are_those_that_far_context_makes_predictable(tmp_path):
         )
 
 
+def test_repeats_are_what_cropping_cannot_copy():
+    """`a b c` stands at 1, at 5 (near) and at 15 (far from 5); a model that knows far repeats gains on those alone."""
+    a, b, c = 3, 4, 5
+    ids = torch.tensor([0, a, b, c, 7, a, b, c, *range(20, 27), a, b, c, 8, 9])
+    assert far_repeats(ids.tolist(), ngram=3, distance=8).nonzero()[0].tolist() == [16]
+    assert not far_repeats(ids.tolist(), ngram=3, distance=10).any(), "10 tokens back is within 10"
+    config = dataclasses.replace(CONFIG, lengths=[8, len(ids)], trained_length=8)
+    task = make_task("repeats", {"ngram": 3})
+    source = make_source()
+    source._documents[hash(tuple(config.lengths))] = type("D", (), {"items": [Document("x", ids)], "skipped": 0})()
+    items, _ = task.items(source, config, None)
+    plain, knowing = np.full(len(ids) - 1, 4.0), np.full(len(ids) - 1, 4.0)
+    knowing[16] = 1.0
+    repeats, others = task.rows(items, Scores([knowing], [plain], [plain]), config)
+    assert (repeats["measure"], repeats["tokens"], repeats["to_cropping"]) == ("repeats", 1, -3)
+    assert (others["measure"], others["tokens"], others["to_cropping"]) == ("others", len(ids) - 8 - 1, 0)
+    assert task.stored_as(config) == make_task("perplexity", {}).stored_as(config), "one pass serves both"
+    with pytest.raises(RopeScalingError, match="needs a length beyond the trained one"):
+        task.items(source, dataclasses.replace(config, lengths=[8]), None)
+
+
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +322,7 @@ def test_key_tokens_are_those_that_far_context_makes_predictable(tmp_path):
         ("yarn_stride", {"stride": 256}, "less than the shortest length 256"),
         ("context_gain", {"num_targets": 128}, "less than half the trained length"),
         ("key_tokens", {"short_context": 4}, "must be 8 or more tokens"),
+        ("repeats", {"ngram": 1}, "`ngram` must be 2 or more"),
     ],
 )
 def test_settings_that_make_no_sense(name, settings, message):
