@@ -178,7 +178,9 @@ def summary_table(rows: list[Row]) -> list[list[str]]:
     gains = any(one.context_gain is not None for one in summary.values())
     longest = length_name(rows[0]["lengths"][-1], trained)
     header = ["method", "usable length", "tax below 1x, nats", f"to cropping at {longest}, nats"]
-    header += ["context gain, nats"] * gains + [f"{task} at {longest}" for task in retrieval]
+    repeats = any(one.repeats is not None for one in summary.values())
+    header += ["context gain, nats"] * gains + ["far repeats to cropping, nats"] * repeats
+    header += [f"{task} at {longest}" for task in retrieval]
     lines = [header]
     for method, one in summary.items():
         cells = [method, "", "", ""]
@@ -190,6 +192,7 @@ def summary_table(rows: list[Row]) -> list[list[str]]:
         if one.far is not None and "to_cropping" in one.far:
             cells[3] = difference_text(one.far, "to_cropping")
         cells += [difference_text(one.context_gain, "gain") if one.context_gain else ""] * gains
+        cells += [difference_text(one.repeats, "to_cropping") if one.repeats else ""] * repeats
         cells += [accuracy_text(one.accuracy[task]) if task in one.accuracy else "" for task in retrieval]
         lines.append(cells)
     return lines

@@ -28,6 +28,8 @@ class Summary:
     """The last bucket of positions."""
     context_gain: Row | None = None
     """At the longest length."""
+    repeats: Row | None = None
+    """Tokens beyond 1x that repeat what stood more than 1x back."""
     accuracy: dict[str, Row] = field(default_factory=dict)
     """Retrieval tasks at the longest length."""
 
@@ -44,6 +46,8 @@ class Summary:
                 found["to_cropping"] = self.far["to_cropping"]
         if self.context_gain is not None:
             found["context_gain"] = self.context_gain["gain"]
+        if self.repeats is not None:
+            found["repeats"] = self.repeats["to_cropping"]
         return found | {f"{task}.accuracy": row["accuracy"] for task, row in self.accuracy.items()}
 
 
@@ -61,6 +65,8 @@ def summarise(rows: list[Row]) -> dict[str, Summary]:
             one.far = row
         elif kind == "context" and last:
             one.context_gain = row
+        elif kind == "repeats":
+            one.repeats = row
         elif kind == "length" and last:
             one.accuracy[row["task"]] = row
     return found

@@ -153,7 +153,7 @@ def command(*arguments):
 
 
 def test_the_command_exits_with_1_if_a_condition_is_met(folder, tmp_path, capsys):
-    assert command("report", folder, "--output", tmp_path, "--fail-if", "tax > 100") == 0
+    assert command("report", folder, "--output", tmp_path, "--fail-if", "tax > 100", "--fail-if", "repeats > 9") == 0
     assert (
         command("report", folder, "--output", tmp_path, "--fail-if", "yarn: tax > -100", "--fail-if", "tax > 9") == 1
     )
