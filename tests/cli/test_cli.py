@@ -106,7 +106,9 @@ def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):
     printed = command("export", folder, "--target", "vllm", "--method", "ntk", "--factor", "4")
     keys = json.loads(printed.stdout)
     assert keys["max_position_embeddings"] == 256 and keys["rope_theta"] > 10000
-    done = command("export", folder, "--target", "sglang", "--method", "yarn", "--factor", "4", "--out", tmp_path / "out")
+    done = command(
+        "export", folder, "--target", "sglang", "--method", "yarn", "--factor", "4", "--out", tmp_path / "out"
+    )
     assert done.returncode == 0 and "how to serve it stands in its README.md" in done.stdout
     saved = tmp_path / "saved"
     rope_scaling.patch(make_model("llama", vocab_size=4096), "yarn", factor=4).save_pretrained(saved)
