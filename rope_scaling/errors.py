@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
@@ -91,6 +91,17 @@ def check_count(name: str, value: Any) -> int:
     Raises:
         RopeScalingError: `value` is not one.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not is_number(value) or value < 0 or value != int(value):
         raise RopeScalingError(f"`{name}` must be a whole number, at least 0; got {value!r}.")
-    return value
+    return int(value)
+
+
+def keep_whole(owner: Any, *names: str, check: Callable[[str, Any], int] = check_length) -> None:
+    """Checks fields of a frozen dataclass that are not `None`, and makes them `int`: divisions and JSON give floats.
+
+    Raises:
+        RopeScalingError: one is no whole number as `check` wants it.
+    """
+    for name in names:
+        if getattr(owner, name) is not None:
+            object.__setattr__(owner, name, check(name, getattr(owner, name)))

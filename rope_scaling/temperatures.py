@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import check_length, check_number
+from rope_scaling.errors import check_number, keep_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class LogN(Temperature):
     """Length in tokens from which on queries grow; by default the trained length."""
 
     def __post_init__(self) -> None:
-        if self.length is not None:
-            check_length("length", self.length)
+        keep_whole(self, "length")
 
     def scale(self, positions: torch.Tensor, trained_length: int) -> torch.Tensor:
         length = max(self.length or trained_length, 2)
@@ -72,7 +71,7 @@ class Llama4(Temperature):
 
     def __post_init__(self) -> None:
         check_number("attn_scale", self.attn_scale, at_least=0.0)
-        check_length("floor_scale", self.floor_scale)
+        keep_whole(self, "floor_scale")
 
     def scale(self, positions: torch.Tensor, trained_length: int) -> torch.Tensor:
         return torch.log1p(((positions + 1) // self.floor_scale).double()) * self.attn_scale + 1.0

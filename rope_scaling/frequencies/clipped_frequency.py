@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length
+from rope_scaling.errors import RopeScalingError, keep_whole
 from rope_scaling.frequencies.base import FrequencyMethod, rotations
 from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
@@ -34,8 +34,7 @@ class ClippedFrequency(FrequencyMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_pairs is not None:
-            check_length("num_pairs", self.num_pairs)
+        keep_whole(self, "num_pairs")
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
         clipped = int((rotations(geometry) < 1).sum()) if self.num_pairs is None else self.num_pairs

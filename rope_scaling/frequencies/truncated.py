@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import check_length
+from rope_scaling.errors import keep_whole
 from rope_scaling.frequencies.base import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
@@ -31,8 +31,7 @@ class Truncated(FrequencyMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cutoff_length is not None:
-            check_length("cutoff_length", self.cutoff_length)
+        keep_whole(self, "cutoff_length")
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
         length = self.cutoff_length or geometry.original_max_position_embeddings

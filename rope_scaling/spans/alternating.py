@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rope_scaling.errors import RopeScalingError, check_length, check_sequence, unknown_name
+from rope_scaling.errors import RopeScalingError, check_sequence, keep_whole, unknown_name
 from rope_scaling.spans.base import Rope, Span, SpanMethod, compose, plain
 from rope_scaling.spans.sliding_window import SlidingWindow
 
@@ -35,7 +35,7 @@ class Alternating(SpanMethod):
     """`local` or `global` for each layer, in place of `global_every`."""
 
     def __post_init__(self) -> None:
-        check_length("global_every", self.global_every)
+        keep_whole(self, "global_every")
         for name, method in (("local", self.local), ("everywhere", self.everywhere)):
             if name == "everywhere" and method is None:
                 continue

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length, check_number, check_sequence
+from rope_scaling.errors import RopeScalingError, check_number, check_sequence, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, causal, within
 from rope_scaling.spans.rerope import half
 
@@ -43,8 +43,7 @@ class AngleClip(SpanMethod):
         given = [name for name in ("saturation_length", "max_angle", "max_angles") if getattr(self, name) is not None]
         if len(given) > 1:
             raise RopeScalingError(f"Give one of {', '.join(f'`{name}`' for name in given)}.")
-        if self.saturation_length is not None:
-            check_length("saturation_length", self.saturation_length)
+        keep_whole(self, "saturation_length")
         if self.max_angle is not None:
             check_number("max_angle", self.max_angle, above=0.0)
         if self.max_angles is not None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length
+from rope_scaling.errors import RopeScalingError, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, causal
 
 
@@ -32,9 +32,7 @@ class DualChunk(SpanMethod):
     """Tokens before a chunk's begin that stay at their true distance at least; by default an eighth."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "local_size"):
-            if getattr(self, name) is not None:
-                check_length(name, getattr(self, name))
+        keep_whole(self, "chunk_size", "local_size")
 
     def spans(self, rope: Rope) -> list[Span]:
         capacity = self.chunk_size or max(3 * rope.trained_length // 4, 2)

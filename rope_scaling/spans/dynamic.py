@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length, check_number, check_sequence
+from rope_scaling.errors import RopeScalingError, check_length, check_number, check_sequence, keep_whole
 from rope_scaling.frequencies import FrequencyMethod, Linear, LongRope, Ntk, Yarn
 from rope_scaling.frequencies.longrope import check_factors
 from rope_scaling.geometry import default_inv_freq
@@ -45,8 +45,7 @@ class Dynamic(SpanMethod):
             raise RopeScalingError(
                 f"`steps` must be one or more ascending factors, as in (1, 2, 4); got {self.steps}."
             )
-        if self.length is not None:
-            check_length("length", self.length)
+        keep_whole(self, "length")
 
     def freeze(self: Self, length: int) -> Self:
         """The same method with the frequencies that suit one known length, at every position.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rope_scaling.errors import check_length, check_number
+from rope_scaling.errors import check_number, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, within
 from rope_scaling.spans.rerope import half
 
@@ -28,8 +28,7 @@ class LeakyReRope(SpanMethod):
 
     def __post_init__(self) -> None:
         check_number("slope", self.slope, at_least=1.0)
-        if self.window is not None:
-            check_length("window", self.window)
+        keep_whole(self, "window")
 
     def spans(self, rope: Rope) -> list[Span]:
         window, slope = self.window or half(rope), self.slope

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rope_scaling.spans.base import Rope, Span, SpanMethod, within
-from rope_scaling.spans.sliding_window import any_length, check_sinks, sinks
+from rope_scaling.spans.sliding_window import any_length, check_sinks, keep_sinks, sinks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class LmInfinite(SpanMethod):
     """First keys of the text that every query sees, 10 to 100 in the paper."""
 
     def __post_init__(self) -> None:
-        check_sinks(self.window, self.num_sinks, at_least=1)
+        keep_sinks(self, at_least=1)
 
     def spans(self, rope: Rope) -> list[Span]:
         num_sinks, window = self.retained(rope)

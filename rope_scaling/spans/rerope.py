@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rope_scaling.errors import check_length
+from rope_scaling.errors import keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, within
 from rope_scaling.spans.sliding_window import any_length
 
@@ -25,8 +25,7 @@ class ReRope(SpanMethod):
     """Distance in tokens at which all pairs stop turning, `w`; by default half the trained length."""
 
     def __post_init__(self) -> None:
-        if self.window is not None:
-            check_length("window", self.window)
+        keep_whole(self, "window")
 
     def spans(self, rope: Rope) -> list[Span]:
         window = self.window or half(rope)

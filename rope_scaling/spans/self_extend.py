@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rope_scaling.errors import RopeScalingError, check_length
+from rope_scaling.errors import RopeScalingError, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, within
 from rope_scaling.spans.rerope import half
 
@@ -29,9 +29,7 @@ class SelfExtend(SpanMethod):
     """Distance in tokens up to which nothing changes, `w`; by default half the trained length."""
 
     def __post_init__(self) -> None:
-        check_length("group_size", self.group_size)
-        if self.window is not None:
-            check_length("window", self.window)
+        keep_whole(self, "group_size", "window")
 
     def spans(self, rope: Rope) -> list[Span]:
         window, group = self.window or half(rope), self.group_size

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_count, check_length
+from rope_scaling.errors import RopeScalingError, check_count, keep_whole
 from rope_scaling.spans.base import Angles, Rope, Span, SpanMethod, within
 
 
@@ -31,7 +31,7 @@ class SlidingWindow(SpanMethod):
     """First keys of the text that every query sees as well."""
 
     def __post_init__(self) -> None:
-        check_sinks(self.window, self.num_sinks)
+        keep_sinks(self)
 
     def spans(self, rope: Rope) -> list[Span]:
         num_sinks, window = self.retained(rope)
@@ -51,13 +51,22 @@ def any_length(rope: Rope, farthest: int) -> int | None:
     return None if farthest <= rope.trained_length else rope.trained_length
 
 
-def check_sinks(window: int | None, num_sinks: int, at_least: int = 0) -> None:
-    """Raises `RopeScalingError` unless a window is positive and holds more keys than there are sinks."""
-    if check_count("num_sinks", num_sinks) < at_least:
+def keep_sinks(method: SpanMethod, at_least: int = 0) -> None:
+    """Raises `RopeScalingError` unless `window` is positive, and `num_sinks` less than it but as many as needed."""
+    keep_whole(method, "num_sinks", check=check_count)
+    keep_whole(method, "window")
+    window, num_sinks = method.window, method.num_sinks  # type: ignore[attr-defined]
+    if num_sinks < at_least:
         raise RopeScalingError(
             f"`num_sinks` must be at least {at_least}; got {num_sinks}. Without, use `sliding_window`"
         )
-    if window is not None and num_sinks >= check_length("window", window):
+    if window is not None:
+        check_sinks(window, num_sinks)
+
+
+def check_sinks(window: int, num_sinks: int) -> None:
+    """Raises `RopeScalingError` unless a window holds more keys than there are sinks."""
+    if num_sinks >= window:
         raise RopeScalingError(
             f"`num_sinks` is {num_sinks} and `window` {window}: sinks are the few first keys that a window leaves "
             "behind, so there must be fewer of them than the window holds. Give 4, or a wider window."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rope_scaling.spans.base import Rope, Span, SpanMethod, within
-from rope_scaling.spans.sliding_window import any_length, check_sinks, sinks
+from rope_scaling.spans.sliding_window import any_length, check_sinks, keep_sinks, sinks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Streaming(SpanMethod):
     """First keys of the text that are kept."""
 
     def __post_init__(self) -> None:
-        check_sinks(self.window, self.num_sinks, at_least=1)
+        keep_sinks(self, at_least=1)
 
     def spans(self, rope: Rope) -> list[Span]:
         num_sinks, window = self.retained(rope)

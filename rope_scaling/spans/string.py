@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from rope_scaling.errors import RopeScalingError, check_length, check_number
+from rope_scaling.errors import RopeScalingError, check_number, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, within
 
 
@@ -35,9 +35,7 @@ class String(SpanMethod):
 
     def __post_init__(self) -> None:
         check_number("attention_factor", self.attention_factor, above=0.0)
-        for name in ("shift", "window"):
-            if getattr(self, name) is not None:
-                check_length(name, getattr(self, name))
+        keep_whole(self, "shift", "window")
 
     def spans(self, rope: Rope) -> list[Span]:
         shift, window = self._lengths(rope)

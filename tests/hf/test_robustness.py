@@ -114,6 +114,22 @@ def state(model):
     return json.dumps(config, sort_keys=True, default=str), model.config._attn_implementation
 
 
+WHOLE = [
+    (name, f.name) for name, cls in METHODS.items() for f in dataclasses.fields(cls) if f.type in ("int", "int | None")
+]
+
+
+@pytest.mark.parametrize(("name", "field"), WHOLE)
+def test_a_whole_number_may_come_as_a_float(name, field):
+    """As JSON and YAML write some: the same model, or the same refusal."""
+    found = []
+    for value in (4, 4.0):
+        model = make_model("llama")
+        refused = refusal(rope_scaling.patch, model, name, **{field: value})
+        found.append(refused.replace("4.0", "4") if refused else logits(model))
+    assert found[0] == found[1] if isinstance(found[0], str) else torch.equal(*found)
+
+
 @FEW
 @given(model=models(), call=arguments())
 def test_patch_save_load_unpatch(model, call):
