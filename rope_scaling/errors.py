@@ -97,11 +97,12 @@ def check_count(name: str, value: Any) -> int:
 
 
 def keep_whole(owner: Any, *names: str, check: Callable[[str, Any], int] = check_length) -> None:
-    """Checks fields of a frozen dataclass that are not `None`, and makes them `int`: divisions and JSON give floats.
+    """Checks fields of a frozen dataclass, and makes them `int`: divisions and JSON give floats.
 
     Raises:
-        RopeScalingError: one is no whole number as `check` wants it.
+        RopeScalingError: one is no whole number as `check` wants it, nor `None` where that is the default.
     """
     for name in names:
-        if getattr(owner, name) is not None:
-            object.__setattr__(owner, name, check(name, getattr(owner, name)))
+        value = getattr(owner, name)
+        if value is not None or getattr(type(owner), name) is not None:
+            object.__setattr__(owner, name, check(name, value))
