@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
@@ -100,9 +101,9 @@ def keep_whole(owner: Any, *names: str, check: Callable[[str, Any], int] = check
     """Checks fields of a frozen dataclass, and makes them `int`: divisions and JSON give floats.
 
     Raises:
-        RopeScalingError: one is no whole number as `check` wants it, nor `None` where that is the default.
+        RopeScalingError: one is no whole number as `check` wants it, nor `None` where the type has that.
     """
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None or getattr(type(owner), name) is not None:
-            object.__setattr__(owner, name, check(name, value))
+    for field in fields(owner):
+        value = getattr(owner, field.name)
+        if field.name in names and (value is not None or "None" not in str(field.type)):
+            object.__setattr__(owner, field.name, check(field.name, value))
