@@ -42,7 +42,8 @@ class Repeats(CurveTask):
             raise RopeScalingError(f"`ngram` must be 2 or more tokens; got {self.ngram}.")
         if config.lengths[-1] <= trained:
             raise RopeScalingError(
-                f"{self.name} needs a length beyond the trained one ({trained}); got {config.lengths}."
+                f"{self.name} needs a length beyond the trained one ({trained}); got {config.lengths}. Give longer "
+                "`--lengths`."
             )
         documents, skipped = super().items(source, config, model)
         masks = [far_repeats(one.ids.tolist(), self.ngram, trained) for one in documents]
