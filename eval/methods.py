@@ -14,11 +14,12 @@ from typing import Any
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.loading import DEMO
-from rope_scaling.hf.patch import patched
+from rope_scaling.hf.patch import patch, patched
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record, method_from_record
+from rope_scaling.hf.resolve import NamedMethod
 from rope_scaling.hf.rotary import rotary_slots
-from rope_scaling.methods import METHODS, Method, make_method, method_class, required_fields
+from rope_scaling.methods import METHODS, Method, method_class, required_fields
 from rope_scaling.temperatures import Temperature
 
 
@@ -36,36 +37,64 @@ class MethodSpec:
     """A method, or several that go together, to evaluate: how it is called in tables, and what goes to `patch`."""
 
     label: str
-    method: str | tuple[Method | tuple[str, dict[str, Any]], ...]
+    method: str | tuple[Method | NamedMethod, ...]
     """A name, or method objects and names with their arguments."""
     arguments: dict[str, Any]
     """Of the name, or beside the objects."""
+
+    @property
+    def takes_factor(self) -> bool:
+        """Whether a factor meant for every method is meant for this one: it is made for one, and brings none."""
+        parts = ((self.method, self.arguments),) if isinstance(self.method, str) else self.method
+        named = [part for part in parts if isinstance(part, tuple)]
+        if {"factor", "target_length"} & {*self.arguments, *(key for _, own in named for key in own)}:
+            return False
+        classes = [method_class(name) for name, _ in named]
+        return any(issubclass(cls, FrequencyMethod) or "factor" in required_fields(cls) for cls in classes)
 
     def patched(self, model: Any, factor: float) -> AbstractContextManager[Any]:
         """The model under this method, with `factor` for those that are made for one and bring none."""
         if self.method == UNPATCHED:
             return nullcontext(model)
-        return patched(model, *self.methods(factor), **self.patch_arguments(factor))
+        methods, arguments = self.patch_call(factor=factor if self.takes_factor else None)
+        return patched(model, *methods, **arguments)
 
-    def methods(self, factor: float) -> list[Any]:
-        """What `patch` takes as methods."""
-        if isinstance(self.method, str):
-            return [self.method]
-        return [_made(part, factor) if isinstance(part, tuple) else part for part in self.method]
+    def patch_call(self, **extent: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments for `patch`: every way of patching by a text goes through here.
 
-    def patch_arguments(self, factor: float) -> dict[str, Any]:
-        """Keyword arguments for `patch`, with `factor` unless the method brings its own extent or needs none."""
-        if isinstance(self.method, str) and not {"factor", "target_length"} & self.arguments.keys():
-            cls = method_class(self.method)
-            if issubclass(cls, FrequencyMethod) or "factor" in required_fields(cls):
-                return {**self.arguments, "factor": factor}
-        return self.arguments
+        Args:
+            **extent: `factor`, `target_length` and `original_max_position_embeddings`, those that are `None` left out.
+
+        Raises:
+            RopeScalingError: the method's text gives one of them as well, or another extent.
+        """
+        given = {name: value for name, value in extent.items() if value is not None}
+        for names in ({"factor", "target_length"}, {"original_max_position_embeddings"}):
+            if (twice := sorted(names & given.keys())) and (own := sorted(names & self.arguments.keys())):
+                raise RopeScalingError(
+                    f"{self.label!r} sets `{own[0]}`, and `{twice[0]}` is given beside it. Give one of the two."
+                )
+        methods = (self.method,) if isinstance(self.method, str) else self.method
+        return methods, {**self.arguments, **given}
 
 
-def _made(part: tuple[str, dict[str, Any]], factor: float) -> Method:
-    name, arguments = part
-    known = {field.name for field in fields(method_class(name))}
-    return make_method(name, **({"factor": factor} if "factor" in known else {}) | arguments)
+def patch_by_text(model: Any, text: str, **extent: Any) -> Any:
+    """Patches a model in place by a method's text, as on the command line and in recipes.
+
+    Args:
+        model (`nn.Module`): A loaded Transformers model.
+        text (`str`): What `parse_method` reads: `yarn:beta_fast=16`, `yarn+log_n`.
+        **extent: `factor`, `target_length` and `original_max_position_embeddings`, as `patch` takes them; `None` is as
+            good as nothing.
+
+    Returns:
+        `nn.Module`: the model itself.
+
+    Raises:
+        RopeScalingError: as `parse_method` and `patch`, or the text gives an extent as well.
+    """
+    methods, arguments = parse_method(text).patch_call(**extent)
+    return patch(model, *methods, **arguments)
 
 
 def saved_method(model: Any) -> MethodSpec | None:

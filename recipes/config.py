@@ -31,6 +31,8 @@ class PatchConfig:
     """Target length over what the model reads as it arrives."""
     target_length: int | None = None
     """The same in tokens."""
+    original_max_position_embeddings: int | None = None
+    """Trained length in tokens, where the model's config has none or a wrong one."""
     sliding_window: Literal["keep", "target"] | None = None
     """For models all of whose layers attend to a window: `target` widens it to the target, `keep` leaves it."""
 

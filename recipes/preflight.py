@@ -26,8 +26,9 @@ def check_recipe(recipe: Recipe) -> None:
             f"`data.layout=packed` cannot go with `parallelism.{shards[0]}`: it drops the mask between documents, "
             "so they would attend to one another. Give `data.layout=plain`."
         )
-    if (extent.factor is not None or extent.target_length is not None) and extent.method is None:
-        raise RopeScalingError("`patch.factor` and `patch.target_length` go with `patch.method`.")
+    for name in ("factor", "target_length", "original_max_position_embeddings"):
+        if getattr(extent, name) is not None and extent.method is None:
+            raise RopeScalingError(f"`patch.{name}` goes with `patch.method`. Give a method, or leave it out.")
     if data.layout != "pose" and data.text_length is not None:
         raise RopeScalingError("`data.text_length` is for `data.layout=pose`.")
     if data.text_length is not None and data.text_length < data.sequence_length:

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import parse_lengths
-from rope_scaling.eval.methods import parse_method
+from rope_scaling.eval.methods import patch_by_text
 from rope_scaling.hf.adapters import load_adapter, record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
 from rope_scaling.hf.describe import read_description
@@ -204,8 +204,8 @@ def rehearse(recipe: Recipe) -> Rehearsal:
     tokenizer = tokenizer_of(recipe)
     model: Any = load_skeleton(recipe.model, config_of(recipe))
     model.tie_weights()
-    trained = max(slot.reach for slot in read_description(model).slots)
     target = apply_patch(recipe, model)
+    trained = max(slot.reach for slot in read_description(model).slots)
     check_patched(recipe, model, tokenizer, target, patched_in_attention(model))
     prepare(recipe, copy.deepcopy(model))
     return Rehearsal(model, tokenizer, trained, target)
@@ -220,9 +220,10 @@ def load(recipe: Recipe, device: torch.device) -> Any:
 def config_of(recipe: Recipe) -> Any:
     """The model's config, its window widened if the recipe says so."""
     config = load_config(recipe.model, **({} if recipe.revision is None else {"revision": recipe.revision}))
-    if recipe.patch.sliding_window == "target":
-        reads = int(config.max_position_embeddings * (recipe.patch.factor or 1))
-        config.sliding_window = recipe.patch.target_length or reads
+    wanted = recipe.patch
+    if wanted.sliding_window == "target":
+        trained = wanted.original_max_position_embeddings or config.max_position_embeddings
+        config.sliding_window = wanted.target_length or int(trained * (wanted.factor or 1))
     return config
 
 
@@ -246,11 +247,13 @@ def apply_patch(recipe: Recipe, model: Any) -> int:
         if carried is not None:
             patch(model)
         return max(slot.target_length for slot in read_description(model).slots)
-    spec = parse_method(wanted.method)
-    extent = {"factor": wanted.factor, "target_length": wanted.target_length}
-    given = {key: value for key, value in extent.items() if value is not None}
-    own = spec.patch_arguments(wanted.factor) if wanted.factor is not None else spec.arguments
-    patch(model, *spec.methods(wanted.factor or 1.0), **{**own, **given})
+    patch_by_text(
+        model,
+        wanted.method,
+        factor=wanted.factor,
+        target_length=wanted.target_length,
+        original_max_position_embeddings=wanted.original_max_position_embeddings,
+    )
     if carried is not None and patch_record(model) != carried:
         raise RopeScalingError(
             f"The model {recipe.model!r} was saved under another patch than the recipe's "

@@ -17,9 +17,8 @@ def patch_as_asked(model: Any, method: str | None, factor: float | None, target_
         RopeScalingError: a factor or length without a method, or as `patch`.
     """
     if method is not None:
-        spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
-        extent = {"factor": factor, "target_length": target_length}
-        hf_patch().patch(model, *spec.methods(factor or 1.0), **{**extent, **spec.arguments})
+        named = importlib.import_module("rope_scaling.eval.methods")
+        named.patch_by_text(model, method, factor=factor, target_length=target_length)
     elif factor is not None or target_length is not None:
         raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
 

@@ -31,7 +31,7 @@ from rope_scaling.hf.pretrained import (
 )
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
-from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
+from rope_scaling.hf.resolve import NamedMethod, Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
 from rope_scaling.hf.softmax import scale_softmax
 from rope_scaling.hf.tables import rope_parameters_of
@@ -64,7 +64,7 @@ class Applied:
 
 def patch(
     model: nn.Module,
-    *method: str | Method | Sequence[Method],
+    *method: str | Method | NamedMethod | Sequence[Method],
     factor: float | None = None,
     target_length: int | None = None,
     original_max_position_embeddings: int | None = None,
@@ -88,8 +88,9 @@ def patch(
     Args:
         model (`nn.Module`): A loaded Transformers model, bare or wrapped (PEFT, accelerate, `torch.compile`).
         *method (`str` or method object): A name in `rope_scaling.METHODS`, with its fields as further arguments; or
-            one or more method objects, at most one each that decides frequencies, distances, the keys seen, and the
-            temperature. Without any, what the config of a saved patched model records.
+            one or more method objects, or pairs of a name and its fields, at most one each that decides frequencies,
+            distances, the keys seen, and the temperature. Without any, what the config of a saved patched model
+            records.
         factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
         target_length (`int`, *optional*): The same in tokens. A method made for a length needs one of the two; with
             others (`abf` with a base, `drope`, ...) it only sets the length written to the config.
@@ -170,7 +171,9 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, *method: str | Method | Sequence[Method], **arguments: Any) -> Iterator[nn.Module]:
+def patched(
+    model: nn.Module, *method: str | Method | NamedMethod | Sequence[Method], **arguments: Any
+) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was before, patched or not.
 
     Raises:

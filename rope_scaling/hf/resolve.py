@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from rope_scaling.errors import RopeScalingError, check_length, check_number, unknown_name
 from rope_scaling.frequencies import FrequencyMethod
@@ -12,6 +12,10 @@ from rope_scaling.hf.rotary import Slot
 from rope_scaling.methods import Method, make_method, method_class
 from rope_scaling.spans import SpanMethod
 from rope_scaling.temperatures import Temperature
+
+
+NamedMethod: TypeAlias = tuple[str, dict[str, Any]]
+"""A method's name and fields; the factor may be left to the patch."""
 
 
 def choose_slots(slots: list[Slot], wanted: str | Sequence[str] | None) -> list[Slot]:
@@ -56,7 +60,7 @@ class Resolved:
 
 
 def resolve_methods(
-    given: Sequence[str | Method | Sequence[Method]],
+    given: Sequence[str | Method | NamedMethod | Sequence[Method]],
     reach: int,
     factor: float | None,
     target_length: int | None,
@@ -65,6 +69,8 @@ def resolve_methods(
     """Method objects and, where it is given apart from them, the target length.
 
     Args:
+        given (sequence): One name, or any number of method objects, lists of them, and `(name, fields)` pairs. A pair
+            whose method takes a factor and whose fields hold none gets that of the patch.
         reach (`int`): Tokens that the model reads as it arrives, which `factor` multiplies.
 
     Raises:
@@ -88,7 +94,7 @@ def resolve_methods(
     if len(given) == 1 and isinstance(given[0], str):
         methods = [_make_method(given[0], wanted, arguments)]
     else:
-        methods = _method_objects(given)
+        methods = _method_objects(given, wanted)
         if arguments:
             names = ", ".join(f"`{name}`" for name in arguments)
             raise RopeScalingError(
@@ -97,7 +103,7 @@ def resolve_methods(
             )
         own: Any = next((found for method in methods if (found := getattr(method, "factor", None))), None)
         if factor is not None and own not in (None, factor):
-            raise RopeScalingError(f"`factor` is {factor:g}, but the method object has {own:g}. Give one of the two.")
+            raise RopeScalingError(f"`factor` is {factor:g}, but the method has {own:g}. Give one of the two.")
     if target_length is None and factor is not None:
         target_length = int(reach * factor)
     return resolved(methods, target_length)
@@ -145,8 +151,8 @@ def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> 
     cls = method_class(inner if isinstance(inner, str) else name)
     factors = [field for field in fields(cls) if field.name == "factor"]
     if factors and factor is not None:
-        arguments = {**arguments, "factor": factor}
-    elif factors and factors[0].default is MISSING:
+        arguments = {"factor": factor, **arguments}
+    elif factors and factors[0].default is MISSING and "factor" not in arguments:
         method_class(name)
         raise RopeScalingError(
             f"{name!r} needs to know how far: give `factor` or `target_length`, "
@@ -155,8 +161,13 @@ def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> 
     return make_method(name, **arguments)
 
 
-def _method_objects(given: Sequence[Any]) -> list[Method]:
-    flat = [one for item in given for one in (item if isinstance(item, (list, tuple)) else [item])]
+def _is_named(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)
+
+
+def _method_objects(given: Sequence[Any], factor: float | None) -> list[Method]:
+    made = [_make_method(item[0], factor, item[1]) if _is_named(item) else item for item in given]
+    flat = [one for item in made for one in (item if isinstance(item, (list, tuple)) else [item])]
     for one in flat:
         if isinstance(one, str) and len(flat) > 1:
             raise RopeScalingError(

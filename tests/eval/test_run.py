@@ -12,14 +12,15 @@ import rope_scaling
 from rope_scaling import RopeScalingError
 from rope_scaling.eval.documents import Document
 from rope_scaling.eval.intervals import estimate
-from rope_scaling.eval.methods import default_methods, parse_method
+from rope_scaling.eval.methods import default_methods, parse_method, patch_by_text
 from rope_scaling.eval.plots import curves_figure, png
 from rope_scaling.eval.report import markdown_tables
-from rope_scaling.eval.rows import measure, position_buckets, read_rows
+from rope_scaling.eval.rows import frequencies_sha256, measure, position_buckets, read_rows
 from rope_scaling.eval.run import EvaluationConfig, evaluate
 from rope_scaling.eval.tasks import Work
 from rope_scaling.eval.tasks import perplexity as task_module
 from rope_scaling.eval.tasks.perplexity import Perplexity
+from rope_scaling.hf.describe import read_description
 
 
 LENGTHS = [TRAINED_LENGTH * k for k in (1, 2, 4)]
@@ -269,11 +270,43 @@ def test_a_patched_model_is_not_its_own_baseline(tmp_path):
 
 
 def test_a_method_may_bring_its_own_factor():
-    assert parse_method("yarn").patch_arguments(8.0) == {"factor": 8.0}
-    assert parse_method("yarn:factor=2").patch_arguments(8.0) == {"factor": 2}
-    assert parse_method("yarn:target_length=128").patch_arguments(8.0) == {"target_length": 128}
+    lengths = {"yarn": 512, "yarn:factor=2": 128, "yarn:target_length=128": 128, "yarn:factor=2+rerope": 128}
+    for text, length in lengths.items():
+        with parse_method(text).patched(make_model("llama"), 8.0) as model:
+            assert model.config.max_position_embeddings == length, text
     rows, _ = evaluate(make_model("llama"), make_documents(), [parse_method("yarn:factor=2")], make_config())
     assert find(rows, "yarn:factor=2", 64, 128)["in_effect"] == "yarn(factor=2)"
+
+
+@pytest.mark.parametrize(
+    "text", ["yarn", "yarn+log_n", "ntk:factor=4+rerope", "rerope+log_n", "drope", "abf:factor=4"]
+)
+def test_one_text_is_one_model_however_its_extent_is_given(text):
+    """By factor or by length, as `describe`, `export` and recipes patch, and as `evaluate` does."""
+    model = make_model("llama")
+    texts, hashes = set(), set()
+    with parse_method(text).patched(model, 4.0):
+        hashes.add(frequencies_sha256(model))
+        texts.add(read_description(model).slots[0].method)
+    for extent in ({"target_length": 256}, {"factor": 4.0, "target_length": None}):
+        if "factor=4" in text:
+            extent = {}
+        patch_by_text(model, text, **extent)
+        hashes.add(frequencies_sha256(model))
+        texts.add(read_description(model).slots[0].method)
+        assert model.config.max_position_embeddings == 256 or not extent
+    assert len(hashes) == len(texts) == 1
+
+
+def test_an_extent_is_given_once():
+    with pytest.raises(
+        RopeScalingError, match="'yarn:factor=2' sets `factor`, and `target_length` is given beside it"
+    ):
+        patch_by_text(make_model("llama"), "yarn:factor=2", target_length=256)
+    with pytest.raises(RopeScalingError, match="the method has 2. Give one of the two"):
+        patch_by_text(make_model("llama"), "yarn:factor=2+log_n", factor=4)
+    with pytest.raises(RopeScalingError, match="'yarn' needs to know how far"):
+        patch_by_text(make_model("llama"), "yarn+log_n")
 
 
 def test_every_method_is_swept_by_default():

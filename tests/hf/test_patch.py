@@ -325,7 +325,7 @@ def test_a_patch_that_changes_nothing_raises(llama):
             "`long_factor` has 2 numbers; this model rotates 8 pairs",
         ),
         (("yarn", {"factor": 4, "layer_types": "full_attention"}), "all layers of this model rotate alike"),
-        ((Yarn(factor=4), {"factor": 2}), "`factor` is 2, but the method object has 4"),
+        ((Yarn(factor=4), {"factor": 2}), "`factor` is 2, but the method has 4"),
         (
             (Yarn(factor=4), {"target_length": 128}),
             "`target_length` is 128, but the method's factor 4 times 64 tokens is 256",

@@ -118,7 +118,7 @@ PRE_FLIGHT = [
     (["data.layout=packed", "parallelism.cp_size=2"], "cannot go with `parallelism.cp_size`"),
     (["patch={method: rerope, target_length: 1024}", "parallelism.sp_size=2"], "decides what attention computes"),
     (["data.sequence_length=2048"], "is 2048, and the model is to read 1024"),
-    (["patch.method=null"], "go with `patch.method`"),
+    (["patch.method=null"], "`patch.factor` goes with `patch.method`"),
     (["s2_group_size=1024"], "holds a whole sequence"),
     (["s2_group_size=33"], "must be even"),
     (["data.text_length=4096"], "is for `data.layout=pose`"),
@@ -137,6 +137,19 @@ def test_pre_flight_refuses_with_the_reason(overrides, message):
     with pytest.raises(RopeScalingError) as caught:
         make_plan(read_recipe("demo_yarn", ["data.max_sequences=4", *overrides]))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("patch", "reads"),
+    [
+        ("{method: yarn+log_n, target_length: 1024}", "reads 256 tokens, is to read 1,024"),
+        ("{method: yarn+log_n, factor: 4}", "reads 256 tokens, is to read 1,024"),
+        ("{method: yarn, factor: 8, original_max_position_embeddings: 128}", "reads 128 tokens, is to read 1,024"),
+    ],
+)
+def test_how_far_a_patch_is_to_read(patch, reads):
+    plan = make_plan(read_recipe("demo_yarn", [f"patch={patch}"]), with_data=False)
+    assert plan["patch"].endswith(reads)
 
 
 def test_pre_flight_on_other_models(tmp_path):
