@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rope_scaling.errors import RopeScalingError
+from rope_scaling.eval.methods import saved_method
+from rope_scaling.hf.describe import read_description
+from rope_scaling.hf.pretrained import changed_fields
 from rope_scaling.methods import METHODS
 from rope_scaling.spans import SpanMethod
 
@@ -38,6 +42,30 @@ def map_figure(name: str, arguments: dict[str, Any], trained_length: int, length
     }
     side = min(length * _TRAINED // trained_length, 8 * _TRAINED)
     return draw_map(method, shrunk, max(side, 2 * _TRAINED), _TRAINED, 0)
+
+
+def saved_map(model: Any) -> tuple[str, Any]:
+    """Name and map of the span method that a model was saved with, from its trained to its target length.
+
+    Args:
+        model (`nn.Module`): A model, patched or with a record of a patch in its config.
+
+    Raises:
+        RopeScalingError: it was not saved with exactly one span method, or with one that has no map in miniature.
+    """
+    saved = saved_method(model)
+    methods = [method for method in (saved.method if saved else ()) if isinstance(method, SpanMethod)]
+    if len(methods) != 1:
+        carried = " with " + saved.label.removeprefix("saved ") if saved else " without a patch"
+        raise RopeScalingError(f"The model was saved{carried}; a map is of one span method. Give `--method`.")
+    name, slot = methods[0].name, read_description(model).slots[0]
+    fields = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in changed_fields(methods[0]).items()
+    }
+    figure = map_figure(name, fields, slot.original_length, slot.target_length)
+    if figure is None:
+        raise RopeScalingError(f"{name!r} of this model has a value for every pair, so its map cannot be scaled down.")
+    return name, figure
 
 
 def draw_map(name: str, arguments: dict[str, Any], length: int, trained_length: int | None, layer: int) -> Any:

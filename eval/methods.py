@@ -6,7 +6,7 @@ import json
 import math
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import resources
 from typing import Any
@@ -51,6 +51,19 @@ class MethodSpec:
             return False
         classes = [method_class(name) for name, _ in named]
         return any(issubclass(cls, FrequencyMethod) or "factor" in required_fields(cls) for cls in classes)
+
+    def reaching(self, length: int) -> MethodSpec:
+        """With a target length, in tokens, if it has no extent of its own and takes no factor."""
+        parts = ((self.method, self.arguments),) if isinstance(self.method, str) else self.method
+        own = any(
+            not isinstance(part, tuple)
+            or issubclass(method_class(part[0]), FrequencyMethod)
+            or {"factor", "target_length"} & part[1].keys()
+            for part in parts
+        )
+        if own or self.takes_factor:
+            return self
+        return replace(self, arguments={**self.arguments, "target_length": length})
 
     def patched(self, model: Any, factor: float) -> AbstractContextManager[Any]:
         """The model under this method, with `factor` for those that are made for one and bring none."""

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.host import cache_argument
 from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.hf.tables import rope_parameters_of
 
 
 _ROWS_IN_CACHE = 64
@@ -123,7 +124,7 @@ def check_static(model: torch.nn.Module) -> None:
         RopeScalingError: `dynamic`, or `longrope` with two different lists of factors.
     """
     for slot in rotary_slots(model):
-        parameters = slot.part_of(slot.config.rope_parameters)
+        parameters = slot.part_of(rope_parameters_of(slot.config))
         varies = slot.rope_type == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
         if "dynamic" in slot.rope_type or varies:
             raise RopeScalingError(

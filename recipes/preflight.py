@@ -10,6 +10,7 @@ from torch.torch_version import TorchVersion
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.pretrained import windows_of
+from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.recipes.config import Recipe
 
 
@@ -74,7 +75,7 @@ def check_patched(recipe: Recipe, model: Any, tokenizer: Any, target_length: int
             f"`patch.method={recipe.patch.method}` decides what attention computes, and so does "
             f"`parallelism.{shards[0]}`. Train with a frequency method."
         )
-    parameters = config.rope_parameters or {}
+    parameters = rope_parameters_of(config) or {}
     varying = "dynamic" in str(parameters) or parameters.get("short_factor") != parameters.get("long_factor")
     if shards and varying:
         raise RopeScalingError(

@@ -41,8 +41,9 @@ def run(
     kinds = importlib.import_module("rope_scaling.eval.tasks")
     from transformers.utils import logging
 
-    from rope_scaling.hf.loading import load_model, load_tokenizer
+    from rope_scaling.hf.loading import check_language_model, load_model, load_tokenizer
     from rope_scaling.hf.patch import unpatch
+    from rope_scaling.hf.tables import lengthen_tables
     from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
@@ -51,13 +52,16 @@ def run(
     state = runner.process_state()
     if device == "auto" and state.num_processes > 1:
         device = str(state.device)
+    check_language_model(model)
     loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     if saved := named.saved_method(loaded):
-        # The baselines are those of the model that the patch was made for, with the weights it has now.
+        # The baselines are the model without the patch, with the weights it has now.
         unpatch(loaded)
         specs = [saved, *specs]
     config = _config(loaded, model=model, data=data, **settings)
     specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
+    if lengthen_tables(loaded, config.lengths[-1]):
+        specs = [spec.reaching(config.lengths[-1]) for spec in specs]
     source = kinds.Source(
         lambda: read_texts(data, column=column, split=split, subset=subset),
         tokenizer,

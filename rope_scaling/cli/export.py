@@ -23,11 +23,6 @@ def patch_as_asked(model: Any, method: str | None, factor: float | None, target_
         raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
 
 
-def hf_patch() -> Any:
-    """The module that patches."""
-    return importlib.import_module("rope_scaling.hf.patch")
-
-
 def run(
     name: str,
     target: str,
@@ -56,13 +51,13 @@ def run(
             "`--gguf` goes with `--target llama.cpp` and a new file as `--out`, without `--adapter`."
         )
     skeleton = out is None or gguf is not None
-    model: Any = load_skeleton(name) if skeleton else load_model(name, dtype=dtype, device="cpu")
+    # Nothing is computed, so `auto` is what the checkpoint has.
+    stored = "stored" if dtype == "auto" else dtype
+    model: Any = load_skeleton(name) if skeleton else load_model(name, dtype=stored, device="cpu")
     if adapter is not None:
         from rope_scaling.hf.adapters import load_adapter
 
         model = load_adapter(adapter, model).merge_and_unload()
-    elif method is None and hf_patch().patch_record(model) is not None:
-        hf_patch().patch(model)  # as it was saved
     patch_as_asked(model, method, factor, target_length)
     if out is None:
         print(json.dumps(config_overrides(model, target)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from rope_scaling.cli import evaluate
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.loading import model_source
+from rope_scaling.hf.loading import tokenizer_source
 
 
 def run(*, names: str, samples: int, timeout: int, model: str, methods: list[str], **options: Any) -> None:
@@ -26,7 +26,7 @@ def run(*, names: str, samples: int, timeout: int, model: str, methods: list[str
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = importlib.import_module("rope_scaling.eval.tasks.harness")
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    made = harness.harness_tasks(chosen, tokenizer=model_source(model), samples=samples, timeout=timeout)
+    made = harness.harness_tasks(chosen, tokenizer=tokenizer_source(model), samples=samples, timeout=timeout)
     texts: dict[str, Any] = {"data": "lm-eval", "column": "text", "split": "test", "subset": None, "pieces": False}
     evaluate.run(
         **texts, **options, model=model, methods=methods, made=made, suite=None, tasks=None, max_documents=None

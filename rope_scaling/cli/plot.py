@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,7 +21,14 @@ def plot() -> None:
 
 @app.command("map")
 def plot_map(
-    method: Annotated[str, typer.Option(help="As in 'self_extend' or 'rerope:window=16'.")],
+    method: Annotated[Optional[str], typer.Option(help="As in 'self_extend' or 'rerope:window=16'.")] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            help="A patched model's or adapter's folder or hub id, in place of a method: its method at its trained and "
+            "target length, both scaled down."
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens.", min=2, max=2048)] = 128,
     trained_length: Annotated[
         Optional[int], typer.Option(help="Trained length in tokens. [default: half of the length]")
@@ -29,14 +37,26 @@ def plot_map(
     output: Annotated[Optional[Path], typer.Option(help="Picture to write. [default: map-METHOD.png]")] = None,
 ) -> None:
     """Draw the distance at which every query sees every key, for the fastest and the slowest pair."""
-    import importlib
+    if (method is None) == (model is None):
+        raise RopeScalingError("Give `--method` or `--model`, one of the two.")
+    maps = importlib.import_module("rope_scaling.eval.maps")
+    if model is not None:
+        from rope_scaling.hf.loading import load_skeleton
 
-    spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
-    if not isinstance(spec.method, str):
-        raise RopeScalingError(f"{method!r} names several methods; a map is of one. Give one.")
-    path = output or Path(f"map-{spec.method}.png")
+        name, figure = maps.saved_map(load_skeleton(model))
+        path = _path(output, name)
+    else:
+        spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
+        if not isinstance(spec.method, str):
+            raise RopeScalingError(f"{method!r} names several methods; a map is of one. Give one.")
+        path = _path(output, spec.method)
+        figure = maps.draw_map(spec.method, spec.arguments, length, trained_length, layer)
+    figure.savefig(path, dpi=120)
+    print(path)
+
+
+def _path(output: Path | None, name: str) -> Path:
+    path = output or Path(f"map-{name}.png")
     if not path.parent.is_dir():
         raise RopeScalingError(f"There is no folder {str(path.parent)!r} to write the picture to.")
-    maps = importlib.import_module("rope_scaling.eval.maps")
-    maps.draw_map(spec.method, spec.arguments, length, trained_length, layer).savefig(path, dpi=120)
-    print(path)
+    return path

@@ -1,25 +1,36 @@
-"""Loading models and tokenizers for the command line: the embedded one, a folder, or a hub id."""
+"""Opens what this library saves and what it starts from: the embedded model, a folder, or a hub id.
+
+A folder may hold a plain model, one that was saved patched, or a PEFT adapter; a model is of the class that its config
+names, so that images, encoders and other heads come with it. What was saved patched comes with its patch in effect.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.dtype import compute_dtype, stored_dtype
 from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
+from rope_scaling.hf.patch import patch, patch_as_recorded
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
+from rope_scaling.hf.tables import lengthen_tables
 
 
 DEMO = "demo"
 """The name of the embedded model."""
 
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GENERATIVE = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+_AUTO_CLASSES = (*_GENERATIVE, "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+"""What builds a model whose config names no class of its own; the first that knows the config does."""
 
 
 def model_source(name: str) -> str:
@@ -31,7 +42,7 @@ def model_source(name: str) -> str:
     if name == DEMO:
         return str(resources.files("rope_scaling.demo") / "model")
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
         raise RopeScalingError(f"The folder {name!r} holds no model: it has no `config.json`.")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise RopeScalingError(
@@ -40,25 +51,45 @@ def model_source(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", **arguments: Any) -> torch.nn.Module:
-    """A causal language model in evaluation mode.
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    config: Any = None,
+    length: int | None = None,
+    **arguments: Any,
+) -> torch.nn.Module:
+    """A model in evaluation mode, under the patch that it was saved with. An adapter is merged into its base model.
 
     Args:
-        name (`str`): `demo`, a folder, or a hub id.
-        dtype (`str`): `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        name (`str`): `demo`, a folder of a model or an adapter, or a hub id.
+        dtype (`str`): `auto` (the checkpoint's, or float32 on a processor that is slow in it), `stored` (the
+            checkpoint's in any case, for a model that is only saved again), `float32`, `bfloat16` or `float16`.
         device (`str`): `auto` (a GPU if there is one), or what `torch.device` takes.
-        **arguments: Further ones, as `AutoModelForCausalLM.from_pretrained` takes them.
+        config (`PreTrainedConfig`, *optional*): In the place of the one that is saved with the model.
+        length (`int`, *optional*): Tokens that it is to be measured at, where a table ends before (see
+            `lengthen_tables`).
+        **arguments: Further ones, as `PreTrainedModel.from_pretrained` takes them.
 
     Raises:
         RopeScalingError: there is no such model, it could not be fetched, or dtype or device are not known.
     """
-    from transformers import AutoModelForCausalLM
-
-    if dtype not in _DTYPES:
-        raise RopeScalingError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}.")
     place = _device(device)
-    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=_DTYPES[dtype], **arguments)
-    return model.to(place).eval()
+    if (adapter := _adapter_config(name)) is not None:
+        if arguments:
+            raise RopeScalingError(f"{name!r} is an adapter, which takes no {', '.join(arguments)}. Merge it first.")
+        base = load_model(_base_of(name, adapter), dtype, device, config, length)
+        return open_adapter(name, base).merge_and_unload().eval()
+    revision = {key: arguments[key] for key in ("revision",) if key in arguments}
+    config = _without_guard(config or load_config(name, **revision))
+    if dtype == "auto" and getattr(config, "quantization_config", None):
+        dtype = "stored"  # what quantized weights are computed in, their own code decides
+    load, stored = _class_of(name, config).from_pretrained, stored_dtype(config)
+    wanted = compute_dtype(dtype, stored, place)
+    model = _fetch(load, name, dtype=wanted, config=config, **arguments)
+    if dtype == "auto" and stored is None and (wanted := compute_dtype(dtype, model.dtype, place)) != "auto":
+        model = _fetch(load, name, dtype=wanted, config=config, **arguments)
+    return _as_saved(model.to(place).eval(), length)
 
 
 def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any) -> torch.nn.Module:
@@ -69,67 +100,183 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
 
     Args:
         name (`str` or `Path`): A folder, or a hub id.
-        model_class (`type`, *optional*): What loads it, such as `AutoModelForImageTextToText`; by default
-            `AutoModelForCausalLM`.
+        model_class (`type`, *optional*): What loads it, such as `AutoModelForImageTextToText`; by default the class
+            that its config names.
         **arguments: As its `from_pretrained` takes them (`dtype`, `device_map`, ...).
 
     Returns:
-        `nn.Module`: the causal language model, in evaluation mode.
+        `nn.Module`: the model, in evaluation mode.
 
     Raises:
         RopeScalingError: there is no such model, or its config records no patch.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from rope_scaling.hf.patch import patch
-
     name = str(name)
-    with unwarned():
-        config = arguments.pop("config", None) or _fetch(AutoConfig.from_pretrained, name)
+    config = _without_guard(arguments.pop("config", None) or load_config(name))
     text = config.get_text_config()
-    record = getattr(text, RECORD_KEY, None)
-    load = (model_class or AutoModelForCausalLM).from_pretrained
-    if record is None and getattr(text, EXPORT_KEY, None) == V4:
-        model = _fetch(load, name, config=config, **arguments).eval()
-        keep_older_keys(model.config.get_text_config())
-        return model
-    if record is None:
+    if getattr(text, RECORD_KEY, None) is None and getattr(text, EXPORT_KEY, None) != V4:
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
         )
-    pretrained = check_record(record)["pretrained"]
-    if is_loud(text):
-        for key, value in pretrained.items():
-            setattr(text, key, copy.deepcopy(value))
-    return patch(_fetch(load, name, config=config, **arguments).eval())
+    load = (model_class or _class_of(name, config)).from_pretrained
+    return _as_saved(_fetch(load, name, config=config, **arguments).eval())
+
+
+def open_adapter(name: str, base: Any) -> Any:
+    """An adapter on its base model, under the patch that the adapter records if it records one.
+
+    Args:
+        name (`str`): The adapter's folder or hub id.
+        base (`nn.Module`): As `load_model` gives it.
+
+    Returns:
+        `PeftModel`: in evaluation mode.
+
+    Raises:
+        RopeScalingError: PEFT is not installed, or as `rope_scaling.load_adapter`.
+    """
+    if find_spec("peft") is None:
+        raise RopeScalingError(f"{name!r} is an adapter, which needs PEFT: pip install 'rope-scaling[train]'.")
+    from peft import PeftModel
+
+    from rope_scaling.hf.adapters import load_adapter
+
+    patched = RECORD_KEY in (_adapter_config(name) or {})
+    return load_adapter(name, base) if patched else PeftModel.from_pretrained(base, name).eval()
 
 
 def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
-    """The same model without its weights: enough to read and patch its frequencies, at the price of its config, which
-    may be given."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    """As `load_model`, without the weights: enough to read and patch frequencies, at the price of the config, which may
+    be given. An adapter's is its base model's, under the patch that the adapter records.
 
-    config = config or load_config(name)
+    Raises:
+        RopeScalingError: there is no such model, or none can be built from its config.
+    """
+    if (adapter := _adapter_config(name)) is not None:
+        model, record = load_skeleton(_base_of(name, adapter), config), adapter.get(RECORD_KEY)
+        return model if record is None else patch_as_recorded(model, record)
     try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise RopeScalingError(f"{name!r} is no causal language model: {_first_line(error)}") from error
+        return _as_saved(build_skeleton(name, config or load_config(name)))
+    except RopeScalingError:
+        raise
+    except Exception as error:  # a config that reads may still build no model, in any way
+        raise RopeScalingError(
+            f"No model can be built from the config of {name!r}: {_first_line(error)} Correct its `config.json`."
+        ) from error
+
+
+def build_skeleton(name: str, config: Any) -> torch.nn.Module:
+    """The model that a config describes, without weights, and unpatched even if the config records a patch.
+
+    Raises:
+        RopeScalingError: Transformers has no class for it.
+        Exception: whatever the class raises for a config that it cannot take.
+    """
+    from accelerate import init_empty_weights
+
+    config = _without_guard(config)
+    cls = _class_of(name, config)
+    with init_empty_weights(include_buffers=False):
+        return (getattr(cls, "from_config", None) or cls._from_config)(config)
+
+
+def check_language_model(name: str, config: Any = None) -> None:
+    """Refuses a model that does not predict the next token from those before it, such as an encoder.
+
+    Raises:
+        RopeScalingError: it is one, or there is no such model.
+    """
+    config = config or load_config(name)
+    cls = _class_of(name, config)
+    generates = cls.__name__ in _GENERATIVE or (hasattr(cls, "can_generate") and cls.can_generate())
+    causal = getattr(config.get_text_config(), "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
+    if not generates or not causal:
+        architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise RopeScalingError(
+            f"{name!r} ({architecture}) does not predict the next token from the tokens before it. Give a causal "
+            "language model, or a vision-language model with one inside."
+        )
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:
     """The tokenizer of a model, with the same names as `load_model`."""
     from transformers import AutoTokenizer
 
-    return _fetch(AutoTokenizer.from_pretrained, name, **arguments)
+    return _fetch(AutoTokenizer.from_pretrained, tokenizer_source(name), **arguments)
+
+
+def tokenizer_source(name: str) -> str:
+    """Where Transformers finds the tokenizer of a model: of an adapter's base model, if the adapter has none."""
+    from transformers.utils import cached_file
+
+    adapter = _adapter_config(name)
+    if adapter is None or cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
+        return model_source(name)
+    return tokenizer_source(_base_of(name, adapter))
 
 
 def load_config(name: str, **arguments: Any) -> Any:
-    """The config of a model, with the same names as `load_model`."""
+    """The config of a model, with the same names as `load_model`. An adapter's is its base model's."""
     from transformers import AutoConfig
 
-    return _fetch(AutoConfig.from_pretrained, name, **arguments)
+    if (adapter := _adapter_config(name)) is not None:
+        return load_config(_base_of(name, adapter))
+    with unwarned():
+        return _fetch(AutoConfig.from_pretrained, name, **arguments)
+
+
+def _class_of(name: str, config: Any) -> Any:
+    """The class that a config names, or else the first auto class that knows the config."""
+    import transformers
+
+    for architecture in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, architecture, None)
+        if cls is not None and type(config) is getattr(cls, "config_class", None):
+            return cls
+    for auto in (getattr(transformers, one) for one in _AUTO_CLASSES):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise RopeScalingError(
+        f"Transformers {transformers.__version__} has no model for the config of {name!r} (`model_type` "
+        f"{getattr(config, 'model_type', None)!r}). Load the model with its own code, and give it to `rope_scaling.patch`."
+    )
+
+
+def _without_guard(config: Any) -> Any:
+    """A config that models can be built from: what was saved so that plain Transformers refuses it, as it was before."""
+    text = config.get_text_config()
+    record = getattr(text, RECORD_KEY, None)
+    if record is not None and is_loud(text):
+        for key, value in check_record(record)["pretrained"].items():
+            setattr(text, key, copy.deepcopy(value))
+    return config
+
+
+def _as_saved(model: torch.nn.Module, length: int | None = None) -> torch.nn.Module:
+    """The model under the patch that its config records, and with the keys of Transformers 4 if it was saved so."""
+    text: Any = model.config.get_text_config()
+    keep_older_keys(text)
+    if length is not None:
+        lengthen_tables(model, length)
+    return model if getattr(text, RECORD_KEY, None) is None else patch(model)
+
+
+def _adapter_config(name: str) -> dict[str, Any] | None:
+    """The config of a PEFT adapter, or `None` for a model; what has both is a model."""
+    from transformers.utils import find_adapter_config_file
+
+    source = model_source(name)
+    file = None if (Path(source) / "config.json").exists() else find_adapter_config_file(source)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _base_of(name: str, adapter: dict[str, Any]) -> str:
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise RopeScalingError(
+            f"The adapter {name!r} names no base model. Load that and `rope_scaling.load_adapter({name!r}, model)`, "
+            "and save what `merge_and_unload()` gives."
+        )
+    return base
 
 
 def _fetch(load: Any, name: str, **arguments: Any) -> Any:

@@ -66,9 +66,9 @@ class TableSlot(Slot):
         return "default"
 
     def set(self, inv_freq: torch.Tensor, attention_factor: float, length: int) -> None:
-        """As of every slot; the table gets `length` rows."""
+        """As of every slot; the table gets `length` rows, or keeps its own number where that is more."""
         remember(self.module, self._name, *(["num_embeddings"] if self.in_config else []))
-        self._write(inv_freq, attention_factor, length)
+        self._write(inv_freq, attention_factor, max(length, len(self.table)))
 
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
         """As of every slot; a table that no checkpoint can change is the pretrained one already."""
@@ -84,6 +84,11 @@ class TableSlot(Slot):
         width = self.table.shape[-1]
         base = rope_parameters_of(config)["rope_theta"]
         return 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
+
+    def lengthen(self, length: int) -> None:
+        """Rows for `length` positions at the frequencies in use; those that are there stay as they are."""
+        rows = _table(self.default_frequencies(self.config)[0], 1.0, length).to(self.table)
+        self.module.embed_positions = torch.cat((self.table, rows[len(self.table) :]))
 
     @property
     def _name(self) -> str:
@@ -107,6 +112,24 @@ def table_slots(model: nn.Module) -> list[Slot]:
             outer = decoder_around(model, path)
             found.append(TableSlot(path, module, None, outer, model.get_submodule(outer).config))
     return found
+
+
+def lengthen_tables(model: nn.Module, length: int) -> bool:
+    """Lets an unpatched model whose code computes its table for `max_position_embeddings` (GPT-J, CodeGen) read further
+    at the frequencies it has, as every model without a table does.
+
+    Args:
+        model (`nn.Module`): The model; its config and what `save_pretrained` writes do not change.
+        length (`int`): Tokens that it is to read.
+
+    Returns:
+        Whether it has such tables.
+    """
+    slots = [slot for slot in table_slots(model) if isinstance(slot, TableSlot) and not slot.in_config]
+    for slot in slots:
+        if len(slot.table) < length:
+            slot.lengthen(length)
+    return bool(slots)
 
 
 def rope_parameters_of(config: Any) -> Any:

@@ -18,7 +18,7 @@ from rope_scaling.hf.doctor.servers import check_servers
 from rope_scaling.hf.doctor.settings import check_settings
 from rope_scaling.hf.doctor.sources import Source, read_source, source_of
 from rope_scaling.hf.export import TARGETS
-from rope_scaling.hf.loading import load_skeleton
+from rope_scaling.hf.loading import build_skeleton, load_config
 from rope_scaling.hf.patch import patch
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.rotary import rotary_slots
@@ -89,7 +89,7 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
     if any(finding.level == "error" for finding in findings):
         return None, []
     try:
-        model = load_skeleton(source.name, source.config)
+        model = build_skeleton(source.name, load_config(source.name))
     except RopeScalingError:
         raise
     except Exception as error:  # a config that reads may still build no model, in any way
