@@ -25,8 +25,10 @@ def plot_map(
     model: Annotated[
         Optional[str],
         typer.Option(
-            help="A patched model's or adapter's folder or hub id, in place of a method: its method at its trained and "
-            "target length, both scaled down."
+            help=(
+                "A patched model or adapter, in place of a method: its own method, from its trained to its target "
+                "length, scaled down."
+            )
         ),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens.", min=2, max=2048)] = 128,

@@ -145,8 +145,8 @@ def open_adapter(name: str, base: Any) -> Any:
 
 
 def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
-    """As `load_model`, without the weights: enough to read and patch frequencies, at the price of the config, which may
-    be given. An adapter's is its base model's, under the patch that the adapter records.
+    """As `load_model`, without the weights: enough to read and patch frequencies, at the price of the config, which
+    may be given. An adapter's is its base model's, under the patch that the adapter records.
 
     Raises:
         RopeScalingError: there is no such model, or none can be built from its config.
@@ -237,12 +237,13 @@ def _class_of(name: str, config: Any) -> Any:
             return auto
     raise RopeScalingError(
         f"Transformers {transformers.__version__} has no model for the config of {name!r} (`model_type` "
-        f"{getattr(config, 'model_type', None)!r}). Load the model with its own code, and give it to `rope_scaling.patch`."
+        f"{getattr(config, 'model_type', None)!r}). Load the model with its own code and give it to "
+        "`rope_scaling.patch`."
     )
 
 
 def _without_guard(config: Any) -> Any:
-    """A config that models can be built from: what was saved so that plain Transformers refuses it, as it was before."""
+    """A config that a model can be built from: one that plain Transformers is to refuse, as it was before its patch."""
     text = config.get_text_config()
     record = getattr(text, RECORD_KEY, None)
     if record is not None and is_loud(text):
@@ -251,9 +252,9 @@ def _without_guard(config: Any) -> Any:
     return config
 
 
-def _as_saved(model: torch.nn.Module, length: int | None = None) -> torch.nn.Module:
+def _as_saved(model: Any, length: int | None = None) -> torch.nn.Module:
     """The model under the patch that its config records, and with the keys of Transformers 4 if it was saved so."""
-    text: Any = model.config.get_text_config()
+    text = model.config.get_text_config()
     keep_older_keys(text)
     if length is not None:
         lengthen_tables(model, length)

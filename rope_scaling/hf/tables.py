@@ -115,8 +115,8 @@ def table_slots(model: nn.Module) -> list[Slot]:
 
 
 def lengthen_tables(model: nn.Module, length: int) -> bool:
-    """Lets an unpatched model whose code computes its table for `max_position_embeddings` (GPT-J, CodeGen) read further
-    at the frequencies it has, as every model without a table does.
+    """Lets an unpatched model with tables for `max_position_embeddings` positions (GPT-J, CodeGen) read further at the
+    frequencies it has, as a model without tables can.
 
     Args:
         model (`nn.Module`): The model; its config and what `save_pretrained` writes do not change.

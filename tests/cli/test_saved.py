@@ -115,7 +115,7 @@ def saved(tmp_path_factory):
                 folders[kind] = ADAPTERS[kind](path)
                 load_tokenizer("demo").save_pretrained(path / "base")
             else:
-                (MODELS[kind] if kind in MODELS else encoder)().save_pretrained(path)
+                MODELS.get(kind, encoder)().save_pretrained(path)
                 load_tokenizer("demo").save_pretrained(path)
                 folders[kind] = path
         return folders[kind]
