@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, cause_of, first_line
 from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -57,8 +57,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", **arguments
     if dtype not in _DTYPES:
         raise RopeScalingError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}.")
     place = _device(device)
-    model = _fetch(AutoModelForCausalLM.from_pretrained, name, dtype=_DTYPES[dtype], **arguments)
-    return model.to(place).eval()
+
+    def load(source: str, **given: Any) -> torch.nn.Module:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **given)
+        return model.to(place).eval()
+
+    return _fetch(load, name, dtype=_DTYPES[dtype], **arguments)
 
 
 def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any) -> torch.nn.Module:
@@ -115,7 +119,7 @@ def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise RopeScalingError(f"{name!r} is no causal language model: {_first_line(error)}") from error
+        raise RopeScalingError(f"{name!r} is no causal language model: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:
@@ -144,10 +148,9 @@ def _fetch(load: Any, name: str, **arguments: Any) -> Any:
                 "`trust_remote_code=True`, and hand the model to `rope_scaling.patch`: it takes one whose rotary "
                 "module is built as Transformers builds its own, and refuses others."
             ) from error
-        raise RopeScalingError(
-            f"Cannot load {name!r}: {_first_line(error)} Give a folder, a hub id such as 'org/name', or 'demo'; "
-            "after an interrupted download, run the command again."
-        ) from error
+        cause = cause_of(error)
+        remedy = cause.remedy or "Give a folder, a hub id such as 'org/name', or 'demo'."
+        raise RopeScalingError(f"Cannot load {name!r}: {cause.reason} {remedy}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -157,10 +160,5 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RopeScalingError(f"`device` {name!r} cannot be used here: {_first_line(error)}") from error
+        raise RopeScalingError(f"`device` {name!r} cannot be used here: {first_line(error)}") from error
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith((".", "?", "!")) else f"{line}."
