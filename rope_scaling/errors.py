@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+import errno
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
@@ -107,3 +109,129 @@ def keep_whole(owner: Any, *names: str, check: Callable[[str, Any], int] = check
         value = getattr(owner, field.name)
         if field.name in names and (value is not None or "None" not in str(field.type)):
             object.__setattr__(owner, field.name, check(field.name, value))
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why something from outside (the network, the disk, another package) failed."""
+
+    kind: str
+    """`memory`, `access`, `repository`, `revision`, `file`, `network`, `package`, `damaged`, `disk`, or `other`."""
+    reason: str
+    """One line, as the package that failed worded it, with a full stop."""
+    remedy: str
+    """One sentence: what to do. Empty for `other`."""
+
+
+def cause_of(error: BaseException) -> Cause:
+    """What kind of failure an exception tells of, so that a message can say what to do about that one.
+
+    The packages that raise them are optional, wrap one another and move their exceptions between versions, so they are
+    told by the names of their classes, along the chain of causes.
+    """
+    for one in _chain(error):
+        if kind := next((kind for kind, applies in _KINDS if applies(one)), None):
+            # The outer message says it better, except where it tells of something else.
+            told = one if kind in ("memory", "disk") else error
+            return Cause(kind, first_line(told), _disk_remedy(one) if kind == "disk" else _REMEDIES[kind])
+    return Cause("other", first_line(error), "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, with a full stop; of one from a data loader's worker, the last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[-1] if _WORKER.match(lines[0]) else lines[0]
+    return line if line.endswith((".", "?", "!")) else f"{line}."
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error (`errno.ENOSPC`, ...) that an exception reports, or `None`."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+    return int(found[1]) if found else None
+
+
+_WORKER = re.compile(r"Caught (\w+) in DataLoader worker")
+
+_REMEDIES = {
+    "memory": "Free memory, or give another `dtype` or `device`.",
+    "access": "Accept the terms on its page at huggingface.co if it has any, and log in with `hf auth login`.",
+    "repository": "Give a folder or a hub id such as 'org/name'; a private repository needs `hf auth login`.",
+    "revision": "Give a branch, tag or commit that the repository has.",
+    "file": "Give a folder or a hub id that has the file.",
+    "network": "Check the connection (and `HF_HUB_OFFLINE`) and run the command again; finished downloads are kept.",
+    "package": "Install what is missing and run the command again.",
+    "damaged": "The file is damaged or incomplete: download or write it again.",
+}
+_DISK = {
+    errno.ENOSPC: "Make room on the disk.",
+    errno.EDQUOT: "Make room: the quota of the disk is used up.",
+    errno.EROFS: "Give a folder on a disk that can be written to.",
+    errno.EACCES: "Get permission for that file or folder, or give another.",
+    errno.EPERM: "Get permission for that file or folder, or give another.",
+    errno.EFBIG: "The file system or a limit of this process (`ulimit -f`) does not allow a file of that size.",
+    errno.EIO: "The disk reports a fault: check it.",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
+}
+
+
+def _disk_remedy(error: BaseException) -> str:
+    return _DISK[system_error(error) or 0]
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        yield one
+        seen.add(id(one))
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+
+
+def _called(*names: str) -> Callable[[BaseException], bool]:
+    """Whether an exception, or what a data loader's worker raised, is of a class of one of these names."""
+
+    def applies(error: BaseException) -> bool:
+        worker = _WORKER.match(str(error))
+        own = {cls.__name__ for cls in type(error).__mro__} | ({worker[1]} if worker else set())
+        return not own.isdisjoint(names)
+
+    return applies
+
+
+def _refused(error: BaseException) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    told = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    return told or system_error(error) == errno.ENOMEM or _called("OutOfMemoryError", "MemoryError")(error)
+
+
+def _missing_file(error: BaseException) -> bool:
+    told = isinstance(error, OSError) and ("does not appear to have" in str(error) or "no file named" in str(error))
+    not_cached = _called("LocalEntryNotFoundError")(error)  # the hub could not be asked whether it has the file
+    return told or (not not_cached and _called("EntryNotFoundError", "FileNotFoundError")(error))
+
+
+_KINDS: tuple[tuple[str, Callable[[BaseException], bool]], ...] = (
+    ("memory", _out_of_memory),
+    ("access", _called("GatedRepoError")),
+    ("repository", _called("RepositoryNotFoundError", "HFValidationError", "DatasetNotFoundError")),
+    ("revision", _called("RevisionNotFoundError")),
+    ("access", _refused),
+    ("file", _missing_file),
+    ("disk", lambda error: system_error(error) in _DISK),
+    (
+        "network",
+        _called(
+            *("ConnectionError", "TimeoutError", "gaierror", "HTTPError", "HTTPException", "RequestException"),
+            *("ClientError", "LocalEntryNotFoundError", "FSTimeoutError", "SSLError"),
+        ),
+    ),
+    ("package", lambda error: isinstance(error, ImportError)),
+    ("damaged", _called("SafetensorError", "JSONDecodeError", "UnpicklingError", "EOFError", "ArrowInvalid")),
+)
+"""Kinds of failure, the first that applies; the hub answers 401 for a repository that does not exist as well."""

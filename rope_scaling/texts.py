@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rope_scaling.demo.corpus import held_out_documents, python_reference, training_documents
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, cause_of
 
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -61,17 +61,24 @@ def _read(path: Path) -> str:
 def _read_table(path: str, column: str, split: str, **arguments: Any) -> Iterator[tuple[str, str]]:
     import datasets
 
+    source = arguments.get("data_files", path)
     try:
         rows = datasets.load_dataset(path, split=split, **arguments)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = cause_of(error)
         raise RopeScalingError(
-            f"Cannot load {arguments.get('data_files', path)!r} as a dataset: {reason} "
+            f"Cannot load {source!r} as a dataset: {cause.reason} {cause.remedy} "
             "Give `stdlib`, a file, a folder, or a dataset's name on the hub."
         ) from error
-    for index, row in enumerate(rows):
-        if column not in row:
-            raise RopeScalingError(
-                f"The dataset has no column {column!r}; it has {', '.join(row)}. Name one with `--column`."
-            )
-        yield f"{index:05d}", str(row[column])
+    try:
+        for index, row in enumerate(rows):
+            if column not in row:
+                raise RopeScalingError(
+                    f"The dataset has no column {column!r}; it has {', '.join(row)}. Name one with `--column`."
+                )
+            yield f"{index:05d}", str(row[column])
+    except RopeScalingError:
+        raise
+    except Exception as error:  # streams read as they go
+        cause = cause_of(error)
+        raise RopeScalingError(f"Reading the dataset {source!r} failed: {cause.reason} {cause.remedy}") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, cause_of
 from rope_scaling.hf.loud import is_loud
 from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -108,7 +108,12 @@ def load_adapter(
         warnings.filterwarnings("ignore", message=f".*{HINT_KEY}.*", category=UserWarning)
         try:
             loaded = PeftModel.from_pretrained(model, str(name), is_trainable=is_trainable)
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
+            cause = cause_of(error)
+            if cause.kind != "other":
+                raise RopeScalingError(
+                    f"Cannot load the adapter {str(name)!r}: {cause.reason} {cause.remedy}"
+                ) from error
             lines = str(error).strip().splitlines()
             raise RopeScalingError(
                 f"The adapter {str(name)!r} does not fit this base model (it names "
@@ -129,9 +134,12 @@ def _load_base(config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
         if is_loud(AutoConfig.from_pretrained(base)):
             return from_pretrained(base, **arguments)
         return AutoModelForCausalLM.from_pretrained(base, **arguments).eval()
-    except (OSError, ValueError) as error:
+    except RopeScalingError:
+        raise
+    except Exception as error:  # a checkpoint, a config class or the network may fail in any way
+        cause = cause_of(error)
         raise RopeScalingError(
-            f"Cannot load {base!r}, the adapter's base model: {str(error).strip().splitlines()[0]} Give it loaded: "
+            f"Cannot load {base!r}, the adapter's base model: {cause.reason} {cause.remedy} Or give it loaded: "
             "`load_adapter(name, model)`."
         ) from error
 
@@ -143,10 +151,13 @@ def _adapter_config(name: str) -> dict[str, Any]:
         path = cached_file(name, "adapter_config.json")
         return json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RopeScalingError(
-            f"There is no adapter in {name!r}: {str(error).strip().splitlines()[0]} Give the folder that "
-            "`save_pretrained` wrote, or a hub id."
-        ) from error
+        cause = cause_of(error)
+        if cause.kind in ("file", "repository", "other"):
+            raise RopeScalingError(
+                f"There is no adapter in {name!r}: {cause.reason} Give the folder that `save_pretrained` wrote, or a "
+                "hub id."
+            ) from error
+        raise RopeScalingError(f"Cannot read the adapter config of {name!r}: {cause.reason} {cause.remedy}") from error
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, cause_of, first_line
 from rope_scaling.hf.dtype import compute_dtype, stored_dtype
 from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
@@ -84,12 +84,16 @@ def load_model(
     config = _without_guard(config or load_config(name, **revision))
     if dtype == "auto" and getattr(config, "quantization_config", None):
         dtype = "stored"  # what quantized weights are computed in, their own code decides
-    load, stored = _class_of(name, config).from_pretrained, stored_dtype(config)
+    cls, stored = _class_of(name, config), stored_dtype(config)
+
+    def load(source: str, **given: Any) -> Any:
+        return cls.from_pretrained(source, **given).to(place).eval()
+
     wanted = compute_dtype(dtype, stored, place)
     model = _fetch(load, name, dtype=wanted, config=config, **arguments)
     if dtype == "auto" and stored is None and (wanted := compute_dtype(dtype, model.dtype, place)) != "auto":
         model = _fetch(load, name, dtype=wanted, config=config, **arguments)
-    return _as_saved(model.to(place).eval(), length)
+    return _as_saved(model, length)
 
 
 def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any) -> torch.nn.Module:
@@ -140,8 +144,9 @@ def open_adapter(name: str, base: Any) -> Any:
 
     from rope_scaling.hf.adapters import load_adapter
 
-    patched = RECORD_KEY in (_adapter_config(name) or {})
-    return load_adapter(name, base) if patched else PeftModel.from_pretrained(base, name).eval()
+    if RECORD_KEY in (_adapter_config(name) or {}):
+        return load_adapter(name, base)
+    return _fetch(lambda source, **_: PeftModel.from_pretrained(base, source).eval(), name)
 
 
 def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
@@ -160,7 +165,7 @@ def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
         raise
     except Exception as error:  # a config that reads may still build no model, in any way
         raise RopeScalingError(
-            f"No model can be built from the config of {name!r}: {_first_line(error)} Correct its `config.json`."
+            f"No model can be built from the config of {name!r}: {first_line(error)} Correct its `config.json`."
         ) from error
 
 
@@ -243,7 +248,7 @@ def _class_of(name: str, config: Any) -> Any:
 
 
 def _without_guard(config: Any) -> Any:
-    """A config that a model can be built from: one that plain Transformers is to refuse, as it was before its patch."""
+    """A config that a model can be built from: without what makes plain Transformers refuse it, if there is any."""
     text = config.get_text_config()
     record = getattr(text, RECORD_KEY, None)
     if record is not None and is_loud(text):
@@ -267,7 +272,12 @@ def _adapter_config(name: str) -> dict[str, Any] | None:
 
     source = model_source(name)
     file = None if (Path(source) / "config.json").exists() else find_adapter_config_file(source)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    if file is None:
+        return None
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RopeScalingError(f"The `adapter_config.json` of {name!r} is not valid: {first_line(error)}") from error
 
 
 def _base_of(name: str, adapter: dict[str, Any]) -> str:
@@ -292,10 +302,9 @@ def _fetch(load: Any, name: str, **arguments: Any) -> Any:
                 "`trust_remote_code=True`, and hand the model to `rope_scaling.patch`: it takes one whose rotary "
                 "module is built as Transformers builds its own, and refuses others."
             ) from error
-        raise RopeScalingError(
-            f"Cannot load {name!r}: {_first_line(error)} Give a folder, a hub id such as 'org/name', or 'demo'; "
-            "after an interrupted download, run the command again."
-        ) from error
+        cause = cause_of(error)
+        remedy = cause.remedy or "Give a folder, a hub id such as 'org/name', or 'demo'."
+        raise RopeScalingError(f"Cannot load {name!r}: {cause.reason} {remedy}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -305,10 +314,5 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RopeScalingError(f"`device` {name!r} cannot be used here: {_first_line(error)}") from error
+        raise RopeScalingError(f"`device` {name!r} cannot be used here: {first_line(error)}") from error
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith((".", "?", "!")) else f"{line}."

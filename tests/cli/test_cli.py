@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_model
 
 import rope_scaling
@@ -254,18 +257,64 @@ def test_a_warning_is_one_line(folder, text, tmp_path, capsys):
     assert not any("UserWarning" in line for line in lines)
 
 
-def test_an_interrupted_download_is_one_line(tmp_path, monkeypatch, capsys):
+def hub_error(name, text):
+    """What Transformers makes of the hub's error of that class."""
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(headers={}, request=None, status_code=401)
+    try:
+        raise OSError(text) from getattr(errors, name)("401 Client Error", response=response)
+    except OSError as error:
+        return error
+
+
+WHILE_LOADING = {
+    "network": (ConnectionError("Connection broken: IncompleteRead(3 bytes read)"), "finished downloads are kept"),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "give another `dtype` or `dev"),
+    "memory of the processor": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 2 GB"), "Free memory"),
+    "package": (ImportError("Using `bitsandbytes` requires `pip install bitsandbytes`"), "Install what is missing"),
+    "disk": (OSError(28, "No space left on device"), "Make room on the disk"),
+    "gated": (hub_error("GatedRepoError", "You are trying to access a gated repo."), "`hf auth login`"),
+    "no such name": (
+        hub_error("RepositoryNotFoundError", "not a valid model identifier"),
+        "a hub id such as 'org/name'",
+    ),
+    "no such revision": (hub_error("RevisionNotFoundError", "x is not a valid git identifier"), "Give a branch, tag"),
+    "no such file": (OSError("org/name does not appear to have a file named x"), "a hub id that has the file"),
+    "another": (ValueError("Unrecognized model in org/name"), "Give a folder, a hub id"),
+}
+
+
+@pytest.mark.parametrize("kind", WHILE_LOADING)
+def test_what_keeps_a_model_from_loading_is_named_as_what_it_is(kind, monkeypatch, capsys):
     import transformers
 
-    def broken(*_, **__):
-        raise ConnectionError("Connection broken: IncompleteRead(3 bytes read)")
+    error, remedy = WHILE_LOADING[kind]
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", broken)
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", broken)
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", "--model", "org/name"])
+        main(["evaluate", "--model", "demo", "--dtype", "float32"])
     assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert "IncompleteRead" in error and "after an interrupted download, run the command again" in error
+    printed = capsys.readouterr().err
+    assert str(error) in printed and remedy in printed and printed.count("\n") == 1
+    assert ("download" in printed) == (kind == "network")
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_damaged_file_is_called_damaged(folder, tmp_path, size, capsys):
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(tmp_path / "cut")])
+    assert "damaged or incomplete" in capsys.readouterr().err.splitlines()[-1]
+    weights.unlink()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(tmp_path / "cut")])
+    assert "no file named model.safetensors" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_interrupting_says_how_to_go_on(folder, text, tmp_path, monkeypatch, capsys):

@@ -101,3 +101,19 @@ def test_a_hub_dataset_that_cannot_be_reached():
         RopeScalingError, match="Cannot load 'no-such-org/no-such-set' as a dataset.*`stdlib`, a file, a folder"
     ):
         list(read_texts("no-such-org/no-such-set"))
+
+
+def test_a_stream_that_breaks_says_why(monkeypatch):
+    import datasets
+
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("Connection reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    found = read_texts("org/texts")
+    assert next(found)[1] == "one"
+    with pytest.raises(
+        RopeScalingError, match="Reading the dataset 'org/texts' failed: .*reset by peer. Check the conn"
+    ):
+        next(found)

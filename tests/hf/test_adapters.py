@@ -122,6 +122,19 @@ def test_the_wrong_base(base, tmp_path):
         rope_scaling.load_adapter(folder)
 
 
+def test_no_memory_is_not_the_wrong_base(base, tmp_path, monkeypatch):
+    import peft
+
+    folder = model_folder(trained_adapter(base), tmp_path)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    with pytest.raises(RopeScalingError, match="Cannot load the adapter .*out of memory.* Free memory"):
+        rope_scaling.load_adapter(folder)
+
+
 def test_without_a_record(base, tmp_path):
     model = get_peft_model(strong("llama"), LoraConfig(**LORA))
     model.save_pretrained(tmp_path / "plain")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_scaling.errors import RopeScalingError, check_length, unknown_name
+from rope_scaling.errors import RopeScalingError, cause_of, check_length, unknown_name
 from rope_scaling.hf.configs import config_of
 from rope_scaling.hf.describe import Description, read_description
 from rope_scaling.hf.doctor.files import check_files
@@ -93,6 +93,8 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
     except RopeScalingError:
         raise
     except Exception as error:  # a config that reads may still build no model, in any way
+        if (cause := cause_of(error)).kind in ("memory", "network", "package"):  # the config may well be right
+            raise RopeScalingError(f"Cannot build {source.name!r}: {cause.reason} {cause.remedy}") from error
         return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
     if RECORD_KEY not in source.text:
         return model, []
