@@ -20,11 +20,12 @@ from rope_scaling.eval.rows import (
     write_atomically,
     write_rows,
 )
+from rope_scaling.hf.patch import patch_as_recorded, patch_record, unpatch
 from rope_scaling.recipes.config import Recipe
 
 
 STAGES = ("unpatched", "before", "after")
-"""The model as it arrives; patched, without training; patched and trained."""
+"""The model without a patch; patched, without training; patched and trained."""
 
 
 class Measured:
@@ -46,7 +47,18 @@ class Measured:
         self._frequencies: dict[str, str] = {}
 
     def take(self, stage: str, model: Any) -> None:
-        """Measures a stage, or reads what was measured before an interruption."""
+        """Measures a stage, or reads what was measured before an interruption.
+
+        A patch that the model was saved with is taken off for "unpatched", and put on again.
+        """
+        record = patch_record(model) if stage == "unpatched" else None
+        if record is not None:
+            unpatch(model)
+        self._take(stage, model)
+        if record is not None:
+            patch_as_recorded(model, record)
+
+    def _take(self, stage: str, model: Any) -> None:
         self._frequencies[stage] = frequencies_sha256(model)
         path = self.folder / "curves" / f"{stage}-{documents_sha256(self.documents)}-{self._frequencies[stage]}.npz"
         if path.exists() and self.resume and stage != "after":

@@ -23,10 +23,19 @@ from transformers import Trainer, TrainingArguments, set_seed
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import parse_lengths
 from rope_scaling.eval.methods import patch_by_text
-from rope_scaling.hf.adapters import load_adapter, record_adapter
+from rope_scaling.hf.adapters import record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
 from rope_scaling.hf.describe import read_description
-from rope_scaling.hf.loading import from_pretrained, load_config, load_model, load_skeleton, load_tokenizer
+from rope_scaling.hf.dtype import stored_dtype
+from rope_scaling.hf.loading import (
+    check_language_model,
+    is_adapter,
+    load_config,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    open_adapter,
+)
 from rope_scaling.hf.patch import patch, patch_record, patched_in_attention
 from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 from rope_scaling.recipes import card
@@ -68,7 +77,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     collator = make_collator(recipe, tokenizer, target)
 
     # The model as it arrives, then patched; its losses either way.
-    model = load(recipe, arguments.device)
+    model = load(recipe, arguments.device, lengths[-1])
     measured = Measured(recipe, name, documents, lengths, trained, output_dir, resume)
     if main_process:
         measured.take("unpatched", model)
@@ -77,7 +86,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
         measured.take("before", model)
 
     # What is trained.
-    saved_dtype = model.dtype
+    saved_dtype = stored_dtype(config_of(recipe)) or model.dtype
     trainable = prepare(recipe, model.to(getattr(torch, recipe.train_dtype)))
     facts = run_facts(recipe, model, dataset)
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
@@ -97,7 +106,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     finish(recipe, trainer, tokenizer, saved_dtype, target)
     if not main_process:
         return []
-    measured.take("after", reload(recipe, output_dir).to(arguments.device))
+    measured.take("after", reload(recipe, output_dir, arguments.device, lengths[-1]))
     state = trainer.state
     rows = measured.rows(
         {
@@ -201,8 +210,15 @@ def rehearse(recipe: Recipe) -> Rehearsal:
         RopeScalingError: the run would be refused, or would train something else than the recipe says.
     """
     check_recipe(recipe)
+    config = config_of(recipe)
+    check_language_model(recipe.model, config)
+    if recipe.lora is not None and is_adapter(recipe.model):
+        raise RopeScalingError(
+            f"`model` {recipe.model!r} is an adapter, and an adapter trained on it would name its base model alone. "
+            "Merge it first (`merge_and_unload().save_pretrained(...)`), or leave `lora` out."
+        )
     tokenizer = tokenizer_of(recipe)
-    model: Any = load_skeleton(recipe.model, config_of(recipe))
+    model: Any = load_skeleton(recipe.model, config)
     model.tie_weights()
     target = apply_patch(recipe, model)
     trained = max(slot.reach for slot in read_description(model).slots)
@@ -211,19 +227,22 @@ def rehearse(recipe: Recipe) -> Rehearsal:
     return Rehearsal(model, tokenizer, trained, target)
 
 
-def load(recipe: Recipe, device: torch.device) -> Any:
-    """The model as it arrives."""
-    extra: dict[str, Any] = {} if recipe.revision is None else {"revision": recipe.revision}
-    return load_model(recipe.model, device=str(device), config=config_of(recipe), **extra)
+def load(recipe: Recipe, device: torch.device, length: int) -> Any:
+    """The model as it was saved, for texts of up to `length` tokens."""
+    return load_model(recipe.model, device=str(device), config=config_of(recipe), length=length, **_revision(recipe))
+
+
+def _revision(recipe: Recipe) -> dict[str, Any]:
+    return {} if recipe.revision is None else {"revision": recipe.revision}
 
 
 def config_of(recipe: Recipe) -> Any:
     """The model's config, its window widened if the recipe says so."""
-    config = load_config(recipe.model, **({} if recipe.revision is None else {"revision": recipe.revision}))
-    wanted = recipe.patch
+    config = load_config(recipe.model, **_revision(recipe))
+    wanted, text = recipe.patch, config.get_text_config()
     if wanted.sliding_window == "target":
-        trained = wanted.original_max_position_embeddings or config.max_position_embeddings
-        config.sliding_window = wanted.target_length or int(trained * (wanted.factor or 1))
+        trained = wanted.original_max_position_embeddings or text.max_position_embeddings
+        text.sliding_window = wanted.target_length or int(trained * (wanted.factor or 1))
     return config
 
 
@@ -299,15 +318,12 @@ def finish(recipe: Recipe, trainer: Trainer, tokenizer: Any, dtype: torch.dtype,
         tokenizer.save_pretrained(str(trainer.args.output_dir))
 
 
-def reload(recipe: Recipe, folder: Path) -> Any:
+def reload(recipe: Recipe, folder: Path, device: torch.device, length: int) -> Any:
     """The saved result, loaded the way its users do."""
-    if recipe.lora is not None and recipe.patch.method is not None:
-        return load_adapter(folder)
-    if recipe.lora is not None:
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(folder)
-    return from_pretrained(folder) if recipe.patch.method is not None else load_model(str(folder))
+    if recipe.lora is None:
+        return load_model(str(folder), device=str(device), length=length)
+    base = load_model(recipe.model, device=str(device), length=length, **_revision(recipe))
+    return open_adapter(str(folder), base)
 
 
 def _has_tensorboard() -> bool:

@@ -79,7 +79,7 @@ def load_model(
         if arguments:
             raise RopeScalingError(f"{name!r} is an adapter, which takes no {', '.join(arguments)}. Merge it first.")
         base = load_model(_base_of(name, adapter), dtype, device, config, length)
-        return open_adapter(name, base).merge_and_unload().eval()
+        return _merged(name, base)
     revision = {key: arguments[key] for key in ("revision",) if key in arguments}
     config = _without_guard(config or load_config(name, **revision))
     if dtype == "auto" and getattr(config, "quantization_config", None):
@@ -264,6 +264,20 @@ def _as_saved(model: Any, length: int | None = None) -> torch.nn.Module:
     if length is not None:
         lengthen_tables(model, length)
     return model if getattr(text, RECORD_KEY, None) is None else patch(model)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or hub id holds a PEFT adapter in place of a model."""
+    return _adapter_config(name) is not None
+
+
+def _merged(name: str, base: Any) -> Any:
+    """The base model with an adapter in its weights, which can be trained as those of any loaded model."""
+    trainable = {key for key, parameter in base.named_parameters() if parameter.requires_grad}
+    model = open_adapter(name, base).merge_and_unload().eval()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key in trainable)
+    return model
 
 
 def _adapter_config(name: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from conftest import TRAINED_LENGTH, make_model
 
 import rope_scaling
 from rope_scaling.hf.loading import load_model, load_tokenizer
+from rope_scaling.recipes.measure import STAGES
 
 
 SIZES = {
@@ -217,3 +218,54 @@ def test_a_map_of_what_was_saved(kind, saved, command, tmp_path):
         assert (tmp_path / "map.png").stat().st_size > 5000
     else:
         assert drawn.returncode == 2 and f"saved with {PATCHED[kind]}; a map is of one span method" in drawn.stderr
+
+
+def finetune(command, folder, place, *overrides):
+    """A recipe of one step on a model, with what it trains under left to the model."""
+    for name in ("train.txt", "test.txt"):
+        (place / name).write_text(f"the {name} of a recipe, again and again\n" * 60)
+    (place / "own.yaml").write_text(
+        f"model: {folder}\npatch: {{method: null}}\n"
+        "data: {source: ./train.txt, sequence_length: 64}\n"
+        "training: {max_steps: 1, report_to: none}\n"
+        "evaluation: {source: ./test.txt, lengths: [1x, 2x], max_documents: 1}\n"
+    )
+    return command("finetune", "own.yaml", *overrides, cwd=place)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_on_it_is_checked(kind, saved, command, tmp_path):
+    checked = finetune(command, saved(kind), tmp_path, "--dry-run")
+    assert checked.returncode == 0, checked.stderr
+    factor = 1 + (kind == "adapter")
+    assert f"reads {TRAINED_LENGTH} tokens, is to read {TRAINED_LENGTH * factor}" in " ".join(checked.stdout.split())
+
+
+@pytest.mark.parametrize("kind", ["span", "vision span", "qwen-vl", "gptj", "codegen", "adapter"])
+def test_training_goes_on_under_the_saved_patch(kind, saved, command, tmp_path):
+    done = finetune(command, saved(kind), tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "own" / "rows.jsonl").read_text().splitlines()]
+    plain, before, after = ([row["nll"] for row in rows if row["stage"] == stage] for stage in STAGES)
+    assert (plain == before) == (kind not in PATCHED) and before != after[: len(before)]
+    assert f": {PATCHED.get(kind, 'not patched')}" in command("describe", tmp_path / "runs" / "own").stdout
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_old_families_train_under_a_patch(method, saved, command, tmp_path):
+    extent = ["patch.target_length=128"] + ["lora={target_modules: [q_proj]}"] * (method == "yarn")
+    done = finetune(command, saved("gptj"), tmp_path, f"patch.method={method}", *extent)
+    assert done.returncode == 0, done.stderr
+    assert f": {method}" in command("describe", tmp_path / "runs" / "own").stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("encoder", [], "(ModernBertForMaskedLM) does not predict the next token"),
+        ("adapter", ["lora={r: 4}"], "an adapter trained on it would name its base model alone"),
+    ],
+)
+def test_what_no_recipe_can_train(kind, overrides, message, saved, command, tmp_path):
+    refused = finetune(command, saved(kind), tmp_path, *overrides)
+    assert refused.returncode == 2 and message in refused.stderr and not (tmp_path / "runs").exists()
