@@ -25,6 +25,8 @@ class EvaluationConfig:
     chunk_size: int = 2048
     """Tokens of a forward call."""
     seed: int = 0
+    weights_sha256: str = ""
+    """Hash of what the unpatched model computes with; `evaluate` computes it."""
 
 
 def check_lengths(lengths: list[int]) -> None:

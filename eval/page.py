@@ -27,8 +27,21 @@ from rope_scaling.eval.report import (
 from rope_scaling.eval.rows import read_rows, write_atomically
 
 
-_SAME = ("model", "trained_length", "dtype", "factor")
-"""Rows that differ in these do not stand in one table."""
+_SAME = ("model", "weights_sha256", "trained_length", "dtype", "factor")
+"""Rows that differ in these are not shown in one table; rows of earlier versions lack hashes."""
+_MEASUREMENT = ("task", "method", "measure", "metric", "from", "to", "depth")
+"""Rows that are equal in these hold the same measurement."""
+_ORIGIN = {
+    "schema",
+    "versions",
+    "harness",
+    "weights_sha256",
+    "tokenizer_sha256",
+    "method_sha256",
+    "scores",
+    "settings",
+}
+"""What rows say of where they come from, in which two rows of one measurement may differ."""
 _ROUNDING = 0.01
 """Nats a token, or share, by which the same measurement may come out otherwise on another processor."""
 
@@ -99,9 +112,11 @@ class Run:
         if not self.costs:
             return None
         lines = [["method", "task", "tokens", "seconds", "tokens a second"]]
-        for cost in self.costs:
-            speed = f"{cost['tokens'] / cost['seconds']:,.0f}" if cost["seconds"] else ""
-            lines.append([cost["method"], cost["task"], f"{cost['tokens']:,}", f"{cost['seconds']:,.1f}", speed])
+        for key in dict.fromkeys((cost["method"], cost["task"]) for cost in self.costs):
+            own = [cost for cost in self.costs if (cost["method"], cost["task"]) == key]
+            tokens, seconds = (sum(cost[name] for cost in own) for name in ("tokens", "seconds"))
+            speed = f"{tokens / seconds:,.0f}" if seconds else ""
+            lines.append([*key, f"{tokens:,}", f"{seconds:,.1f}", speed])
         return Table("Cost of what was measured", lines)
 
 
@@ -126,11 +141,20 @@ def read_run(folder: Path) -> Run:
     costs = folder / "costs.jsonl"
     run.costs = read_rows(costs) if costs.exists() else []
     for row in rows:
-        path = folder / "perplexity" / f"{_file_name(row['method'])}-{row['frequencies_sha256']}.npz"
-        if row["task"] == "perplexity" and row["method"] not in run.curves and path.exists():
-            with np.load(path) as stored:
-                run.curves[row["method"]] = [stored[name] for name in stored.files]
+        if row["task"] == "perplexity" and row["method"] not in run.curves and (curves := _curves(folder, row)):
+            run.curves[row["method"]] = curves
     return run
+
+
+def _curves(folder: Path, row: Row) -> list[np.ndarray]:
+    """The scores that a row was made of, in the same order for every method; none if the folder holds rows only."""
+    if "scores" in row:
+        return [np.load(path) for path in sorted((folder / row["scores"]).glob("*.npy"))]
+    path = folder / "perplexity" / f"{_file_name(row['method'])}-{row['frequencies_sha256']}.npz"  # before format 2
+    if not path.exists():
+        return []
+    with np.load(path) as stored:
+        return [stored[name] for name in stored.files]
 
 
 def read_runs(folders: list[Path], *, mixed: bool = False) -> list[Run]:
@@ -161,7 +185,8 @@ def read_runs(folders: list[Path], *, mixed: bool = False) -> list[Run]:
 
 def _differences(one: Run, other: Run) -> list[str]:
     first, second = one.rows[0], other.rows[0]
-    found = [f"{key} ({first[key]} and {second[key]})" for key in _SAME if first[key] != second[key]]
+    known = [key for key in _SAME if key in first and key in second]
+    found = [f"{key} ({first[key]} and {second[key]})" for key in known if first[key] != second[key]]
     texts = [{row["task"]: row["documents_sha256"] for row in run.rows} for run in (one, other)]
     found += [f"the texts of {task}" for task in texts[0].keys() & texts[1].keys() if texts[0][task] != texts[1][task]]
     return found
@@ -169,8 +194,13 @@ def _differences(one: Run, other: Run) -> list[str]:
 
 def _join(run: Run, other: Run) -> None:
     def key(row: Row) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in ("task", "method", "measure", "from", "to", "depth"))
+        return tuple(row.get(name) for name in _MEASUREMENT)
 
+    if other_method := _redefined(run.rows, other.rows):
+        raise RopeScalingError(
+            f"{str(other.folders[0])!r} and {str(run.folders[0])!r} call different methods {other_method!r}. Report "
+            "them apart."
+        )
     known = {key(row): row for row in run.rows}
     for row in other.rows:
         old = known.get(key(row))
@@ -186,11 +216,23 @@ def _join(run: Run, other: Run) -> None:
     run.costs += other.costs
 
 
+def _redefined(rows: list[Row], others: list[Row]) -> str | None:
+    """The first label under which two runs evaluated different methods."""
+    first = {row["method"]: row for row in rows}
+    for row in others:
+        if (one := first.get(row["method"])) is not None:
+            hashes = {one.get("method_sha256", ""), row.get("method_sha256", "")} - {""}
+            # Another version may compute a hash otherwise.
+            if one["in_effect"] != row["in_effect"] or (len(hashes) > 1 and one["versions"] == row["versions"]):
+                return row["method"]
+    return None
+
+
 def _agree(one: Row, other: Row) -> bool:
     """Whether two rows of one measurement say the same, but for how machines round."""
-    if one.keys() != other.keys():
+    if one.keys() - _ORIGIN != other.keys() - _ORIGIN:
         return False
-    pairs = [(one[key], other[key]) for key in one if key != "versions"]
+    pairs = [(one[key], other[key]) for key in one.keys() - _ORIGIN]
     return all(abs(a - b) <= _ROUNDING if isinstance(a, float) and isinstance(b, float) else a == b for a, b in pairs)
 
 

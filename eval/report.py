@@ -158,10 +158,10 @@ def tables(rows: list[Row]) -> list[Table]:
         elif "harness" in kinds:
             for metric in dict.fromkeys(row["metric"] for row in own if row["metric"] != str(row["to"])):
                 part = [row for row in own if row["metric"] == metric]
-                title = f"{task}, {metric} ({own[0]['harness']}), 95% interval"
+                title = f"{task}, {metric} ({_values(part, 'harness')}), 95% interval"
                 found.append(Table(title, _by_length(part, "harness", _score_text)))
             if part := [row for row in own if row["metric"] == str(row["to"])]:
-                title = f"{task} ({own[0]['harness']}, a subset of RULER), 95% interval"
+                title = f"{task} ({_values(part, 'harness')}, a subset of RULER), 95% interval"
                 found.append(Table(title, _by_length(part, "harness", _score_text)))
         elif "length" in kinds:
             found.append(Table(f"{task}: answers right, 95% interval", _by_length(own, "length", accuracy_text)))
@@ -199,9 +199,10 @@ def summary_table(rows: list[Row]) -> list[list[str]]:
 
 
 def conditions(rows: list[Row]) -> str:
-    """One line that says under which conditions the numbers hold."""
+    """One line that says under which conditions the numbers hold; where rows differ, which methods have which."""
     row = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items()))
+    packages = sorted({name for row in rows for name in row["versions"]})
+    versions = ", ".join(f"{name} {_values(rows, 'versions', name)}" for name in packages)
     counted = [r for r in rows if "documents" in r]
     if counted:
         most = max(counted, key=lambda r: r["documents"])
@@ -210,8 +211,22 @@ def conditions(rows: list[Row]) -> str:
         read = f"text of {row['data']}"
     return (
         f"{row['model']}, trained length {row['trained_length']}, factor {row['factor']:g}, {read}, "
-        f"{row['dtype']} on {row['device']}, chunks of {row['chunk_size']} tokens; {versions}"
+        f"{row['dtype']} on {_values(rows, 'device')}, chunks of "
+        f"{_values(rows, 'chunk_size')} tokens; {versions}"
     )
+
+
+def _values(rows: list[Row], *keys: str) -> str:
+    """What some rows hold under keys; where they hold several values, each with its methods."""
+    methods: dict[str, dict[str, None]] = {}
+    for row in rows:
+        value: Any = row
+        for key in keys:
+            value = value.get(key)
+        methods.setdefault(str(value), {})[row["method"]] = None
+    if len(methods) == 1:
+        return next(iter(methods))
+    return " and ".join(f"{value} ({', '.join(names)})" for value, names in methods.items())
 
 
 def markdown_tables(rows: list[Row]) -> str:

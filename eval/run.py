@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig, check_lengths
+from rope_scaling.eval.identity import method_sha256, weights_sha256
 from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec, with_yarn
 from rope_scaling.eval.perplexity import check_static
 from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256
@@ -47,7 +48,10 @@ class Measured:
     """What was in effect, read back from the model."""
     scores: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """By task, one array an item."""
-    costs: list[Row] = field(default_factory=list)
+    stored: dict[str, str] = field(default_factory=dict)
+    """By task, where in the output folder its scores are."""
+    found: int = 0
+    """Scores of an earlier run that were found again, of all tasks."""
 
 
 def evaluate(
@@ -57,6 +61,7 @@ def evaluate(
     config: EvaluationConfig,
     output: Path | None = None,
     progress: Progress = lambda label, tokens: None,
+    fresh: bool = False,
 ) -> tuple[list[Row], list[Measured]]:
     """Measures the unpatched model, the cropping baseline, YaRN and every method on the same items.
 
@@ -68,9 +73,11 @@ def evaluate(
         work (list of `Work`): What `prepare` gave for some tasks.
         methods (list of `MethodSpec`): Methods beside the baselines.
         config (`EvaluationConfig`): Settings, recorded in every row.
-        output (`Path`, *optional*): Folder for rows and scores. An unfinished run of the same settings in it
-            is resumed at the item where it stopped.
+        output (`Path`, *optional*): Folder for rows and scores. Scores that it holds of the same weights, tokenizer,
+            method, item, settings and versions are not measured again, so an unfinished run is resumed at the item
+            where it stopped. Rows of other methods and tasks in it are kept.
         progress (callable, *optional*): Called after every item.
+        fresh (`bool`, *optional*): Measure everything anew. A run of other settings or weights in `output` is removed.
 
     Returns:
         Rows as plain data, and the scores they were computed from.
@@ -95,7 +102,8 @@ def evaluate(
         # Anything wrong with a method shows before the first is measured.
         with spec.patched(model, config.factor):
             pass
-    store = Store(output if process_state().is_main_process else None, config, work)
+    config = replace(config, weights_sha256=weights_sha256(model))
+    store = Store(output if process_state().is_main_process else None, config, work, fresh)
     plain = _measure(model, work, MethodSpec(UNPATCHED, UNPATCHED, {}), config, store, progress)
     cropped = _measure(model, work, MethodSpec(CROPPING, UNPATCHED, {}), config, store, progress, plain)
     measured = [plain, cropped]
@@ -103,23 +111,25 @@ def evaluate(
         with spec.patched(model, config.factor):
             measured.append(_measure(model, work, spec, config, store, progress))
     rows = [row for one in work for row in _rows(one, measured, config)]
-    store.finish(rows, [cost for one in measured for cost in one.costs])
+    store.finish(rows)
     return rows, measured
 
 
 def _rows(one: Work, measured: list[Measured], config: EvaluationConfig) -> list[Row]:
+    settings = one.task.settings()
     shared = {
         "schema": SCHEMA,
         "task": one.task.name,
-        **({"settings": vars(one.task)} if vars(one.task) else {}),
+        **({"settings": settings} if settings else {}),
         **vars(config),
         "documents_sha256": one.sha256,
         "documents_skipped": one.skipped,
+        "tokenizer_sha256": one.tokenizer_sha256,
         "versions": environment(),
     }
     plain, cropped = (method.scores[one.task.name] for method in measured[:2])
     return [
-        {**shared, **method.facts, **row}
+        {**shared, **method.facts, "scores": method.stored[one.task.name], **row}
         for method in measured
         for row in one.task.rows(one.items, Scores(method.scores[one.task.name], plain, cropped), config)
     ]
@@ -143,25 +153,26 @@ def _measure(
         "target_length": slot.target_length,
         "attention_factor": slot.attention_factor,
         "frequencies_sha256": frequencies_sha256(model),
+        "method_sha256": method_sha256(model, config.lengths[-1]),
     }
     measured = Measured(spec.label, facts)
     for one in work:
-        saved = store.open(one.task.stored_as(config), spec.label, facts["frequencies_sha256"])
-        known = None if plain is None else plain.scores[one.task.name]
+        name = one.task.name
+        measured.stored[name], saved = store.open(one, facts["method_sha256"], cropped=plain is not None)
+        known = None if plain is None else plain.scores[name]
 
         def score(index: int, one: Work = one, known: list[np.ndarray] | None = known) -> np.ndarray:
             if known is None:
                 return one.task.score(model, one.items[index], config)
             return one.task.score_cropped(model, one.items[index], known[index], config)
 
-        started = time.monotonic()
-        tokens, measured.scores[one.task.name] = _score_all(one, saved, score, spec.label, progress)
-        # What cropping cost cannot be told: it takes most of its scores from the unpatched model.
-        if tokens and plain is None:
-            seconds = time.monotonic() - started
-            cost = {"method": spec.label, "task": one.task.name, "tokens": tokens, "seconds": round(seconds, 3)}
-            peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
-            measured.costs.append({**cost, **peak, "processes": process_state().num_processes})
+        def add_cost(tokens: int, seconds: float, name: str = name) -> None:
+            # What cropping cost cannot be told: it takes most of its scores from the unpatched model.
+            if plain is None:
+                store.add_cost(_cost(spec.label, name, tokens, seconds))
+
+        measured.found += len(saved.found & {item.sha256 for item in one.items})
+        measured.scores[name] = _score_all(one, saved, score, spec.label, progress, add_cost)
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
         raise RopeScalingError(
             f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing."
@@ -169,30 +180,41 @@ def _measure(
     return measured
 
 
+def _cost(label: str, task: str, tokens: int, seconds: float) -> Row:
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    cost = {"method": label, "task": task, "tokens": tokens, "seconds": round(seconds, 6)}
+    return {**cost, **peak, "processes": process_state().num_processes}
+
+
 def _score_all(
-    one: Work, saved: SavedScores, score: Callable[[int], np.ndarray], label: str, progress: Progress
-) -> tuple[int, list[np.ndarray]]:
-    """Scores of all items, those not yet saved shared among processes; and the tokens that this took."""
+    one: Work,
+    saved: SavedScores,
+    score: Callable[[int], np.ndarray],
+    label: str,
+    progress: Progress,
+    add_cost: Callable[[int, float], None],
+) -> list[np.ndarray]:
+    """Scores of all items; what is missing is shared among the processes, and kept as soon as it is there."""
     state = process_state()
-    # Only the first process has read what is saved.
     (scores,) = broadcast_object_list([saved.scores])
     hashes = [item.sha256 for item in one.items]
     missing = [index for index, name in enumerate(hashes) if name not in scores]
-    for index, item in enumerate(one.items):
-        if index not in missing:
+    for item in one.items:
+        if item.sha256 in scores:
             progress(label, item.cost)
     for start in range(0, len(missing), state.num_processes):
         mine = missing[start + state.process_index : start + state.process_index + 1]
+        started = time.monotonic()
         found = gather_object([_attempt(score, index, one, label) for index in mine])
         for index, values, error in found:
             if error:
                 raise RopeScalingError(error)
             scores[hashes[index]] = values
             progress(label, one.items[index].cost)
-        if state.is_main_process:
-            saved.scores = scores
-            saved.write()
-    return sum(one.items[index].cost for index in missing), [scores[name] for name in hashes]
+            if state.is_main_process:
+                saved.add(hashes[index], values)
+        add_cost(sum(one.items[index].cost for index, _, _ in found), time.monotonic() - started)
+    return [scores[name] for name in hashes]
 
 
 def _attempt(score: Callable[[int], np.ndarray], index: int, one: Work, label: str) -> tuple[int, Any, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +13,67 @@ import numpy as np
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.rows import environment, write_atomically, write_rows
+from rope_scaling.eval.identity import digest
+from rope_scaling.eval.rows import environment, read_rows, write_atomically, write_rows
 from rope_scaling.eval.tasks.base import Row, Work
 
 
+FORMAT = 2
+"""Of the folder. Format 1 named scores by the label of a method, which does not say what they were measured with."""
+
+
 class SavedScores:
-    """The scores of one method on disk, by hash of the item; rewritten whole and atomically."""
+    """The scores of one method on the items of one task: a file per item, named by the hash of the item."""
 
-    def __init__(self, path: Path | None):
-        self.path = path
+    def __init__(self, folder: Path | None):
+        self.folder = folder
         self.scores: dict[str, np.ndarray] = {}
-        if path is not None and path.exists():
-            with np.load(path) as stored:
-                self.scores = dict(stored)
+        if folder is not None and folder.exists():
+            self.scores = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+        self.found = set(self.scores)
+        """Items that an earlier run scored."""
 
-    def write(self) -> None:
-        """Puts everything on disk."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+    def add(self, item: str, values: np.ndarray) -> None:
+        """Keeps the scores of one item, on disk before anything else is measured."""
+        self.scores[item] = values
+        if self.folder is not None:
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, **self.scores)  # type: ignore[arg-type]
-            write_atomically(self.path, buffer.getvalue())
+            np.save(buffer, values)
+            write_atomically(self.folder / f"{item}.npy", buffer.getvalue())
 
 
 class Store:
-    """A folder that holds one run: `settings.json`, a folder of scores a task, `rows.jsonl`, `costs.jsonl`.
+    """A folder that holds one run: `settings.json`, folders of scores, `rows.jsonl`, `costs.jsonl`.
 
     More methods and more tasks may be added to it; everything else has to stay as it was.
+
+    Args:
+        folder (`Path`, *optional*): The folder; without one, nothing is written.
+        config (`EvaluationConfig`): Settings of the run, with the hash of its weights.
+        work (list of `Work`): Tasks with their items.
+        fresh (`bool`): Use no scores of an earlier run. One with other settings or weights is removed.
 
     Raises:
         RopeScalingError: the folder holds another run or other files, or cannot be made.
     """
 
-    def __init__(self, folder: Path | None, config: EvaluationConfig, work: list[Work]):
-        self.folder = folder
+    def __init__(self, folder: Path | None, config: EvaluationConfig, work: list[Work], fresh: bool = False):
+        self.folder, self.config, self.fresh = folder, config, fresh
+        self._opened: dict[str, SavedScores] = {}
         if folder is None:
             return
         settings = json.loads(json.dumps(run_settings(config, work)))
         recorded = folder / "settings.json"
         if recorded.exists():
             old = json.loads(recorded.read_text(encoding="utf-8"))
-            self._compare(old, settings)
+            if different := _differences(old, settings):
+                if not fresh:
+                    raise RopeScalingError(
+                        f"The output folder {str(folder)!r} holds rows of another run: {', '.join(different)}. Give "
+                        "another `--output`, or `--fresh` to remove that run and measure everything anew."
+                    )
+                _remove(folder, old)
+                old = {}
             settings["tasks"] = {**old.get("tasks", {}), **settings["tasks"]}
         elif folder.exists() and any(path.name not in _KEPT for path in folder.iterdir()):
             raise RopeScalingError(
@@ -63,54 +85,105 @@ class Store:
             raise RopeScalingError(f"Cannot make the output folder {str(folder)!r}: {error}") from error
         write_atomically(recorded, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        pairs = [(key, old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - {"tasks"})]
-        for task in sorted(old.get("tasks", {}).keys() & new["tasks"].keys()):
-            there, here = old["tasks"][task], new["tasks"][task]
-            # `items` says the same as `documents_sha256`, at length.
-            pairs += [(f"{task}.{key}", there.get(key), here.get(key)) for key in here if key != "items"]
-        different = [f"{key} (there {there!r}, now {here!r})" for key, there, here in pairs if there != here]
-        if different:
-            raise RopeScalingError(
-                f"The output folder {str(self.folder)!r} holds rows of another run: {', '.join(different)}. Give "
-                "another `--output`."
-            )
+    def open(self, one: Work, method: str, cropped: bool) -> tuple[str, SavedScores]:
+        """The name of the scores of a task under a method, and those that are there already.
 
-    def open(self, name: str, label: str, frequencies: str) -> SavedScores:
-        """Scores of a method: what is there already, and where to put the rest."""
-        if self.folder is None:
-            return SavedScores(None)
-        safe = "".join(letter if letter.isalnum() or letter in "_=.-" else "+" for letter in label)[:80]
-        return SavedScores(self.folder / name / f"{safe}-{frequencies}.npz")
+        Args:
+            one (`Work`): The task with its items.
+            method (`str`): What `method_sha256` gives.
+            cropped (`bool`): Whether the scores are those of the cropping baseline.
+        """
+        stored_as, config = one.task.stored_as(self.config), self.config
+        identity = {
+            "weights": config.weights_sha256,
+            "tokenizer": one.tokenizer_sha256,
+            "method": method,
+            "cropped": cropped,
+            "task": [stored_as, one.task.scored_with()],
+            "lengths": [config.trained_length, *config.lengths],
+            "arithmetic": [config.dtype, config.device, config.chunk_size],
+            "versions": environment(),
+        }
+        name = f"{stored_as}/{digest(identity)}"
+        if name not in self._opened:
+            folder = None if self.folder is None else self.folder / name
+            if folder is not None:
+                if self.fresh:
+                    shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / "identity.json", (json.dumps(identity, indent=1) + "\n").encode())
+            self._opened[name] = SavedScores(folder)
+        return name, self._opened[name]
 
-    def finish(self, rows: list[Row], costs: list[Row]) -> None:
-        """Rows of all tasks of this call, beside what earlier calls left of others; costs are added to those there."""
+    def add_cost(self, cost: Row) -> None:
+        """Appends what it took to score some items."""
+        if self.folder is not None:
+            with (self.folder / "costs.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(cost, sort_keys=True) + "\n")
+
+    def finish(self, rows: list[Row]) -> None:
+        """Rows of this call in the place of those of the same task and method, and beside all others."""
         if self.folder is None:
             return
         path = self.folder / "rows.jsonl"
-        write_rows(path, [*_others(path, {row["task"] for row in rows}), *rows])
-        path = self.folder / "costs.jsonl"
-        done = path.read_text(encoding="utf-8") if path.exists() else ""
-        added = "".join(json.dumps(row, sort_keys=True) + "\n" for row in costs)
-        write_atomically(path, (done + added).encode())
+        write_rows(path, _merged(read_rows(path) if path.exists() else [], rows))
 
 
 _KEPT = {"key_tokens", "ruler"}
 """What preparing a run may have left before its settings are written."""
 
 
-def _others(path: Path, tasks: set[str]) -> list[Row]:
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["task"] not in tasks]
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps two runs from sharing a folder, in words."""
+    if old.get("format") != new["format"]:
+        return [f"it has format {old.get('format', 1)}, of another version of this library; this one writes {FORMAT}"]
+    pairs = [(key, old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - {"tasks"})]
+    for task in sorted(old.get("tasks", {}).keys() & new["tasks"].keys()):
+        there, here = old["tasks"][task], new["tasks"][task]
+        # `items` says the same as `documents_sha256`, at length.
+        pairs += [(f"{task}.{key}", there.get(key), here.get(key)) for key in here if key != "items"]
+    return [f"{key} (there {there!r}, now {here!r})" for key, there, here in pairs if there != here]
+
+
+def _remove(folder: Path, settings: dict[str, Any]) -> None:
+    """Removes the rows, costs and scores of a run, and nothing else."""
+    stored = {one.get("stored_as", task) for task, one in settings.get("tasks", {}).items()}
+    for name in stored:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("rows.jsonl", "costs.jsonl", "settings.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Rows of two calls: by task, then by method, both in the order in which they came.
+
+    Of a method that has changed under its label, rows that are not measured anew are dropped, with a warning.
+    """
+    measured = {(row["task"], row["method"]) for row in new}
+    now = {row["method"]: row["method_sha256"] for row in new}
+    others = [row for row in old if (row["task"], row["method"]) not in measured]
+    changed = [row for row in others if now.get(row["method"], row["method_sha256"]) != row["method_sha256"]]
+    dropped = dict.fromkeys((row["task"], row["method"]) for row in changed)
+    for task, method in dropped:
+        warnings.warn(
+            f"Removed the rows of {method!r} in {task!r}: {method!r} computes something else now. Evaluate {task!r} "
+            "again to measure them anew.",
+            stacklevel=2,
+        )
+    together = [row for row in others if (row["task"], row["method"]) not in dropped] + new
+    tasks = list(dict.fromkeys(row["task"] for row in old + new))
+    methods = list(dict.fromkeys(row["method"] for row in old + new))
+    return sorted(together, key=lambda row: (tasks.index(row["task"]), methods.index(row["method"])))
 
 
 def run_settings(config: EvaluationConfig, work: list[Work]) -> dict[str, Any]:
     """What has to be equal for two runs to give equal rows."""
     tasks = {
         one.task.name: {
-            "settings": vars(one.task),
+            "settings": one.task.settings(),
+            "scored_with": one.task.scored_with(),
+            "stored_as": one.task.stored_as(config),
+            "tokenizer_sha256": one.tokenizer_sha256,
             "documents_sha256": one.sha256,
             "documents_skipped": one.skipped,
             "items": {item.name: item.sha256 for item in one.items},
@@ -118,4 +191,4 @@ def run_settings(config: EvaluationConfig, work: list[Work]) -> dict[str, Any]:
         for one in work
     }
     # Versions are part of the settings: scores of two versions must not meet in one table.
-    return {**vars(config), "versions": environment(), "tasks": tasks}
+    return {"format": FORMAT, **vars(config), "versions": environment(), "tasks": tasks}

@@ -12,6 +12,7 @@ import numpy as np
 
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Documents, make_documents
+from rope_scaling.eval.identity import tokenizer_sha256
 from rope_scaling.eval.rows import hash_of
 
 
@@ -46,6 +47,8 @@ class Source:
     max_documents: int | None = None
     folder: Path | None = None
     """The run's output folder, for what is worth keeping besides scores."""
+    fresh: bool = False
+    """Measure anew what the folder keeps."""
     _documents: dict[int, Documents] = field(default_factory=dict)
 
     def documents(self, lengths: list[int]) -> Documents:
@@ -80,6 +83,14 @@ class Task(ABC):
     def stored_as(self, config: EvaluationConfig) -> str:
         """Under which name scores are stored: tasks that need the same scores of the same items share one."""
         return self.name
+
+    def settings(self) -> dict[str, Any]:
+        """Settings that change rows, as plain data."""
+        return dict(vars(self))
+
+    def scored_with(self) -> dict[str, Any]:
+        """What scores depend on beside model, method, item and lengths: scores found again are those of the same."""
+        return self.settings()
 
     @abstractmethod
     def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Any], int]:
@@ -122,13 +133,16 @@ class Work:
     items: Sequence[Any]
     skipped: int = 0
     """Texts that did not fit; `Task.skipped_because` says why."""
+    tokenizer_sha256: str = ""
+    """Hash of the tokenizer that made the items."""
 
     @property
     def sha256(self) -> str:
-        """Hash of all items, 16 hexadecimal digits."""
-        return hash_of("".join(item.sha256 for item in self.items).encode())
+        """Hash of all items, with what decides which of their scores count; 16 hexadecimal digits."""
+        return hash_of("".join(getattr(item, "rows_sha256", item.sha256) for item in self.items).encode())
 
 
 def prepare(tasks: Iterable[Task], source: Source, config: EvaluationConfig, model: Any) -> list[Work]:
     """The items of every task. Nothing has been measured yet when a task cannot be done."""
-    return [Work(task, *task.items(source, config, model)) for task in tasks]
+    tokenizer = tokenizer_sha256(source.tokenizer)
+    return [Work(task, *task.items(source, config, model), tokenizer) for task in tasks]

@@ -18,9 +18,10 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.methods import parse_method, self_extend_to
+from rope_scaling.eval.identity import digest, method_sha256, weights_sha256
+from rope_scaling.eval.methods import MethodSpec, parse_method, self_extend_to
 from rope_scaling.eval.perplexity import nll_curve, windowed_nll_curve
-from rope_scaling.eval.rows import hash_of, measure, write_atomically
+from rope_scaling.eval.rows import environment, hash_of, measure, write_atomically
 from rope_scaling.eval.tasks.base import Row, Scores, Source
 from rope_scaling.eval.tasks.perplexity import CurveTask
 from rope_scaling.hf.loading import load_model, load_tokenizer
@@ -32,6 +33,11 @@ class MaskedDocument(Document):
 
     mask: np.ndarray
     """`[T - 1]`, aligned with the document's curve."""
+
+    @property
+    def rows_sha256(self) -> str:
+        """Hash of tokens and mask, 16 hexadecimal digits."""
+        return hash_of(self.sha256.encode() + self.mask.tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +87,6 @@ class KeyTokens(CurveTask):
     def _masks(
         self, documents: list[Document], source: Source, config: EvaluationConfig, model: Any, short: int
     ) -> list[np.ndarray]:
-        settings = repr((self, config.model, config.factor, config.dtype, short)) + "".join(
-            d.sha256 for d in documents
-        )
-        path = source.folder and source.folder / "key_tokens" / f"masks-{hash_of(settings.encode())}.npz"
-        if path and path.exists():
-            with np.load(path) as stored:
-                return [stored[one.sha256] for one in documents]
         evaluator = model
         if self.evaluator is not None:
             if load_tokenizer(self.evaluator).get_vocab() != source.tokenizer.get_vocab():
@@ -96,6 +95,10 @@ class KeyTokens(CurveTask):
                     "others. Give an evaluator of the same family."
                 )
             evaluator = load_model(self.evaluator, config.dtype, config.device)
+        path = source.folder and source.folder / "key_tokens" / f"masks-{self._name(evaluator, documents, config)}.npz"
+        if path and path.exists() and not source.fresh:
+            with np.load(path) as stored:
+                return [stored[one.sha256] for one in documents]
         masks = [self._mask(evaluator, one, config, short) for one in documents]
         if not any(mask.any() for mask in masks):
             raise RopeScalingError(
@@ -110,9 +113,20 @@ class KeyTokens(CurveTask):
             write_atomically(path, buffer.getvalue())
         return masks
 
-    def _mask(self, evaluator: Any, document: Document, config: EvaluationConfig, short: int) -> np.ndarray:
-        spec = parse_method(self.evaluator_method) if self.evaluator_method else self_extend_to(config.factor)
+    def _name(self, evaluator: Any, documents: list[Document], config: EvaluationConfig) -> str:
+        """Hash of all that the masks depend on."""
+        spec = self._spec(config)
         with spec.patched(evaluator, config.factor):
+            method = method_sha256(evaluator, config.lengths[-1])
+        settings = [self.settings(), config.trained_length, config.chunk_size, environment()]
+        return digest(weights_sha256(evaluator), method, settings, [one.sha256 for one in documents])
+
+    def _spec(self, config: EvaluationConfig) -> MethodSpec:
+        """What the evaluator is patched with."""
+        return parse_method(self.evaluator_method) if self.evaluator_method else self_extend_to(config.factor)
+
+    def _mask(self, evaluator: Any, document: Document, config: EvaluationConfig, short: int) -> np.ndarray:
+        with self._spec(config).patched(evaluator, config.factor):
             long = nll_curve(evaluator, document.ids[None], config.chunk_size)[0]
         plain = torch.full_like(long, -torch.inf)  # nothing is key before the short context is full
         near = windowed_nll_curve(evaluator, document.ids, plain, short, short // 4, config.chunk_size)

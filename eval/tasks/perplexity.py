@@ -25,6 +25,10 @@ class CurveTask(Task):
         """All of these share their curves."""
         return "perplexity"
 
+    def scored_with(self) -> dict[str, Any]:
+        """Nothing: settings decide what is made of the curves."""
+        return {}
+
     def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Document], int]:
         """Documents of at least the shortest length, cut at the longest."""
         documents = source.documents(config.lengths)

@@ -28,6 +28,7 @@ def run(
     device: str,
     output: Path | None,
     made: list[Any] | None = None,
+    fresh: bool = False,
     **settings: Any,
 ) -> None:
     """Evaluates and shows; see the command's help for the arguments. `made` are task objects in the place of names.
@@ -68,13 +69,15 @@ def run(
         pieces=pieces,
         max_documents=max_documents,
         folder=output if state.is_main_process else None,
+        fresh=fresh,
     )
     work = kinds.prepare(chosen, source, config, loaded)
     # Runs of other settings go to other folders, so that only a given folder can hold another run's rows.
     folder = output or Path("runs") / f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, work)}"
-    _with_progress(runner, loaded, work, specs, config, folder)
+    measured = _with_progress(runner, loaded, work, specs, config, folder, fresh)
     if state.is_main_process:
         _show(folder, max(work, key=lambda one: one.skipped))
+        _say_what_was_found(measured, folder)
 
 
 def _tasks(suite: str | None, tasks: list[str] | None) -> list[Any]:
@@ -115,6 +118,7 @@ def _config(
         device=loaded.device.type,
         chunk_size=chunk_size,
         seed=seed,
+        weights_sha256=importlib.import_module("rope_scaling.eval.identity").weights_sha256(loaded),
     )
 
 
@@ -137,7 +141,10 @@ def need_extra() -> None:
         raise RopeScalingError(f"Evaluation needs {' and '.join(missing)}: pip install 'rope-scaling[eval]'.")
 
 
-def _with_progress(runner: Any, model: Any, work: list, specs: list, config: Any, folder: Path) -> None:
+def _with_progress(
+    runner: Any, model: Any, work: list, specs: list, config: Any, folder: Path, fresh: bool
+) -> list[Any]:
+    """What was measured of each method."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -158,11 +165,23 @@ def _with_progress(runner: Any, model: Any, work: list, specs: list, config: Any
             bars.update(bar, advance=tokens, description=label, rate=f"{done / (time.monotonic() - started):,.0f}")
 
         try:
-            runner.evaluate(model, work, specs, config, folder, advance)
+            _, measured = runner.evaluate(model, work, specs, config, folder, advance, fresh)
         except KeyboardInterrupt:
             bars.stop()
-            print("Interrupted. The same command resumes where it stopped.", file=sys.stderr)
+            again = " without `--fresh`" if fresh else ""
+            print(f"Interrupted. The same command{again} resumes where it stopped.", file=sys.stderr)
             raise
+    return measured
+
+
+def _say_what_was_found(measured: list[Any], folder: Path) -> None:
+    found = sum(method.found for method in measured)
+    if found:
+        total = sum(len(scores) for method in measured for scores in method.scores.values())
+        print(
+            f"{found} of {total} scores were found in {folder}, measured before with the same weights, settings and "
+            "versions. `--fresh` measures them anew."
+        )
 
 
 def _show(folder: Path, most: Any) -> None:

@@ -76,8 +76,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     output: Annotated[
         Optional[Path],
-        typer.Option(help="Folder for rows, curves, table and plot. [default: runs/evaluate-MODEL-SETTINGS]"),
+        typer.Option(help="Folder for rows, scores, table and plot. [default: runs/evaluate-MODEL-SETTINGS]"),
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure anew.")] = False,
 ) -> None:
     """Measure how far a model reads: unpatched, cropped, and under each method."""
     command = importlib.import_module("rope_scaling.cli.evaluate")
@@ -101,6 +102,7 @@ def harness(
     model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
     seed: Annotated[int, typer.Option(help="Of documents and bootstrap.")] = 0,
     output: Annotated[Optional[Path], typer.Option(help="Folder for rows and tables.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure anew.")] = False,
 ) -> None:
     """Run RULER, LongBench, BABILong or any other task of lm-eval under each method."""
     command = importlib.import_module("rope_scaling.cli.harness")
