@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 REAL_MODEL ?= $(or $(ROPE_SCALING_REAL_MODEL),HuggingFaceTB/SmolLM2-135M-Instruct)
 REAL_DOCUMENTS ?= 4
 REAL_DOCUMENTS_32K ?= 2
-REAL_MODEL_IS = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct --dtype bfloat16
+REAL_MODEL_IS = --model $(REAL_MODEL) --model-name HuggingFaceTB/SmolLM2-135M-Instruct
 REAL = $(REAL_MODEL_IS) --data python-reference --pieces
 REAL_METHODS_CODE = $(addprefix --method ,angle_clip angle_clip:saturation_length=8192 rerope self_extend)
 REAL_METHODS = $(addprefix --method ,angle_clip self_extend rerope dual_chunk dynamic_yarn string lm_infinite \

@@ -38,6 +38,7 @@ from rope_scaling import (
 from rope_scaling.attention.plan import Plan, Segment, turn
 from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.attention.tiled import tiled_attention
+from rope_scaling.hf.dtype import is_fast
 from rope_scaling.spans import Rope
 
 
@@ -60,9 +61,13 @@ METHODS: dict[str, SpanMethod] = {
 }
 
 
+DTYPE = torch.bfloat16 if is_fast(torch.bfloat16) else torch.float32
+"""What a bfloat16 checkpoint is computed in on this processor."""
+
+
 def tensors(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, 64, dtype=torch.bfloat16) for heads in (9, 3, 3))
+    query, key, value = (torch.randn(1, heads, length, 64, dtype=DTYPE) for heads in (9, 3, 3))
     return query, key, value
 
 
@@ -157,7 +162,7 @@ def main() -> None:
     rows = [] if "--only-memory" in sys.argv else speed()
     rows += [memory_row(name, length) for name in METHODS for length in (16384, 32768)]
     about = {
-        "dtype": "bfloat16",
+        "dtype": str(DTYPE).removeprefix("torch."),
         "heads": "9 query, 3 key-value, width 64",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -57,7 +57,7 @@ METHODS = {
 
 def main() -> None:
     source = os.environ["ROPE_SCALING_REAL_MODEL"]
-    model, tokenizer = load_model(source, dtype="bfloat16"), load_tokenizer(source)
+    model, tokenizer = load_model(source), load_tokenizer(source)
     ((_, text),) = read_texts("python-reference")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     rows = []
@@ -66,7 +66,8 @@ def main() -> None:
             for haystack in range(HAYSTACKS):
                 with rope_scaling.patched(model, *methods) if methods else nullcontext():
                     found = ask(model, tokenizer, ids, length, haystack)
-                rows.append({"method": label, "tokens": length, "haystack": haystack} | found)
+                dtype = str(model.dtype).removeprefix("torch.")
+                rows.append({"method": label, "tokens": length, "haystack": haystack, "dtype": dtype} | found)
                 print(
                     f"{label:22s} {length:6d} tokens, haystack {haystack}: log-probability "
                     f"{found['log_probability']:6.2f} a token, {found['correct']} of {found['asked']} right",

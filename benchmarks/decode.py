@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from attention import processor
+from attention import DTYPE, processor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import rope_scaling
@@ -33,7 +33,7 @@ STREAMED = 20_000
 
 
 def make_model() -> torch.nn.Module:
-    """SmolLM2-135M's shape, bfloat16, random weights."""
+    """SmolLM2-135M's shape, random weights."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -47,14 +47,14 @@ def make_model() -> torch.nn.Module:
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(config).to(DTYPE).eval()
 
 
 def filled_cache(model: torch.nn.Module) -> DynamicCache:
     """A cache of random keys and values, as after a prompt of `CONTEXT` tokens."""
     cache = DynamicCache(config=model.config)
     for layer in cache.layers:
-        layer.update(*(torch.randn(1, 3, CONTEXT, 64, dtype=torch.bfloat16) for _ in range(2)))
+        layer.update(*(torch.randn(1, 3, CONTEXT, 64, dtype=DTYPE) for _ in range(2)))
     return cache
 
 
@@ -114,7 +114,7 @@ def streaming() -> dict:
 def row(method: str) -> dict:
     return {
         "method": method,
-        "dtype": "bfloat16",
+        "dtype": str(DTYPE).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "processor": processor(),

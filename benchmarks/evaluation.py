@@ -79,7 +79,7 @@ def main() -> None:
 
 def passes_of_a_real_model(rounds: int = 2) -> list[dict]:
     """An evaluation's pass over 16,384 tokens, stock and under each method in turns."""
-    model = load_model(os.environ["ROPE_SCALING_REAL_MODEL"], dtype="bfloat16")
+    model = load_model(os.environ["ROPE_SCALING_REAL_MODEL"])
     ids = torch.randint(2, 40000, (1, 16384), generator=torch.Generator().manual_seed(0))
     nll_curve(model, ids[:, :4096], 2048)
     times: dict[str, list[float]] = {name: [] for name in ("stock", *PASSES)}
@@ -160,11 +160,17 @@ def yarn_protocol(pairs: int = 3, points: int = 64) -> dict:
 
 def niah_grid(name: str, label: str, chunk: int, pairs: int = 5) -> list[dict]:
     """A needle at each of 10 depths of 4 lengths, against a bare prefill of each length and of each cell."""
-    model = load_model(name, dtype="bfloat16")
+    model = load_model(name)
     trained = model.config.max_position_embeddings
     lengths = [512, 1024, 1536, 2048] if name == "demo" else [trained // 4, trained // 2, trained, 2 * trained]
     config = EvaluationConfig(
-        model=name, data="", lengths=lengths, trained_length=trained, factor=2, dtype="bfloat16", device="cpu"
+        model=name,
+        data="",
+        lengths=lengths,
+        trained_length=trained,
+        factor=2,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device="cpu",
     )
     source = Source(lambda: read_texts("python-reference"), load_tokenizer(name))
     grids = {

@@ -3,8 +3,9 @@
     python benchmarks/loss.py             # 3 minutes on two cores that do nothing else
     python benchmarks/loss.py --record    # also rewrites benchmarks/results/loss.jsonl
 
-The head of SmolLM2-135M (width 576, bfloat16), forward and backward, each in a process of its own; peak memory is what
-the process adds to what it held before. Times alternate in one process, at 4,096 tokens.
+The head of SmolLM2-135M (width 576; bfloat16, or float32 on a processor that is slow in it), forward and backward, each
+in a process of its own; peak memory is what the process adds to what it held before. Times alternate in one process, at
+4,096 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from attention import status
+from attention import DTYPE, status
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rope_scaling.training import chunked_cross_entropy
@@ -32,8 +33,8 @@ class Losses:
 
     def __init__(self, length: int):
         torch.manual_seed(0)
-        self.head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False).bfloat16()
-        self.hidden = torch.randn(1, length, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        self.head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False).to(DTYPE)
+        self.hidden = torch.randn(1, length, WIDTH, dtype=DTYPE, requires_grad=True)
         self.labels = torch.randint(VOCABULARY, (1, length))
 
     def run(self, way: str) -> float:
@@ -86,7 +87,8 @@ def main() -> None:
         print(peak(sys.argv[1], int(sys.argv[2])))
         return
     rows = [memory(16_384), speed(4096)]
-    about = {"vocabulary": VOCABULARY, "width": WIDTH, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about = {"vocabulary": VOCABULARY, "width": WIDTH, "dtype": str(DTYPE).removeprefix("torch.")}
+    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if "--record" in sys.argv:
         RESULTS.write_text("".join(json.dumps(row | about, sort_keys=True) + "\n" for row in rows))
 

@@ -52,6 +52,10 @@ class MethodSpec:
         classes = [method_class(name) for name, _ in named]
         return any(issubclass(cls, FrequencyMethod) or "factor" in required_fields(cls) for cls in classes)
 
+    def trained_at(self, length: int) -> MethodSpec:
+        """With the model's trained length, in tokens, unless the method's own text states it."""
+        return replace(self, arguments={"original_max_position_embeddings": length, **self.arguments})
+
     def reaching(self, length: int) -> MethodSpec:
         """With a target length, in tokens, if it has no extent of its own and takes no factor."""
         parts = ((self.method, self.arguments),) if isinstance(self.method, str) else self.method

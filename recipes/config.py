@@ -122,8 +122,9 @@ class Recipe:
     """Tokens of a group of S2 attention, while training."""
     chunk_size: int | None = 512
     """Tokens whose logits stand in memory at once; `null` for the model's own loss."""
-    train_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights that are trained. Frozen ones are loaded in it too."""
+    train_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the weights that are trained; frozen ones are held in it too. `auto`: the checkpoint's, or float32 on a
+    processor that is slow in it."""
     activation_checkpointing: bool = False
     """Compute what a layer keeps for backward once more instead of keeping it."""
     training: dict[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import torch
 from rope_scaling.eval.documents import parse_lengths
 from rope_scaling.recipes.config import Recipe
 from rope_scaling.recipes.sequences import make_collator, training_data
-from rope_scaling.recipes.train import prepare, rehearse, training_arguments
+from rope_scaling.recipes.train import prepare, rehearse, train_dtype, training_arguments
 from rope_scaling.training import distance_coverage, statistics
 
 
@@ -34,11 +34,13 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
     trainable = prepare(recipe, model)
     learning = sum(one.numel() for one in trainable.parameters() if one.requires_grad)
     rows = arguments.per_device_train_batch_size
+    dtype = train_dtype(recipe, arguments.device)
+    dtype_name = str(dtype).removeprefix("torch.")
     batch = rows * arguments.gradient_accumulation_steps * max(arguments.world_size, 1)
     plan = {
         "model": f"{recipe.model}, {counted / 1e6:,.1f}M parameters",
         "patch": f"{recipe.patch.method or 'none'}: reads {trained:,} tokens, is to read {target:,}",
-        "trained": f"{learning / 1e6:,.1f}M parameters ({learning / counted:.1%}) in {recipe.train_dtype}",
+        "trained": f"{learning / 1e6:,.1f}M parameters ({learning / counted:.1%}) in {dtype_name}",
         "sequences": f"{recipe.data.sequence_length:,} tokens, {recipe.data.layout}",
         "batch": f"{batch} sequences a step on {arguments.world_size} device{'s' * (arguments.world_size > 1)}",
     }
@@ -55,7 +57,7 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
             plan["distances"] = _distances(make_collator(recipe, tokenizer, target), dataset, target)
     if steps > 0:
         plan["steps"] = f"{steps:,}, {steps * batch * recipe.data.sequence_length:,} tokens"
-    plan["memory"] = _memory(recipe, model, counted, learning, rows)
+    plan["memory"] = _memory(recipe, model, counted, learning, rows, dtype)
     plan["evaluation"] = f"{recipe.evaluation.source} at {', '.join(map(str, lengths))} tokens"
     return plan
 
@@ -66,11 +68,11 @@ def _distances(collator: Any, dataset: Any, target: int) -> str:
     return "pairs by distance, in eighths of the target: " + " ".join(f"{share:.1%}" for share in shares)
 
 
-def _memory(recipe: Recipe, model: Any, counted: int, learning: int, rows: int) -> str:
+def _memory(recipe: Recipe, model: Any, counted: int, learning: int, rows: int, dtype: torch.dtype) -> str:
     """Weights, gradients, two moments of Adam, and what a layer keeps for backward (34 bytes a token and unit of width
     without checkpointing, 2 with), plus one chunk of logits three times in float32."""
     config = model.config.get_text_config()
-    size = torch.finfo(getattr(torch, recipe.train_dtype)).bits // 8
+    size = dtype.itemsize
     tokens = rows * recipe.data.sequence_length
     kept = (2 if recipe.activation_checkpointing else 34) * tokens * config.hidden_size * config.num_hidden_layers
     logits = 12 * min(recipe.chunk_size or tokens, tokens) * config.vocab_size

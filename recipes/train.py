@@ -26,7 +26,7 @@ from rope_scaling.eval.methods import patch_by_text
 from rope_scaling.hf.adapters import record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
 from rope_scaling.hf.describe import read_description
-from rope_scaling.hf.dtype import stored_dtype
+from rope_scaling.hf.dtype import compute_dtype, stored_dtype
 from rope_scaling.hf.loading import (
     check_language_model,
     is_adapter,
@@ -87,7 +87,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
 
     # What is trained.
     saved_dtype = stored_dtype(config_of(recipe)) or model.dtype
-    trainable = prepare(recipe, model.to(getattr(torch, recipe.train_dtype)))
+    trainable = prepare(recipe, model.to(train_dtype(recipe, arguments.device)))
     facts = run_facts(recipe, model, dataset)
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
     check_sharded(recipe, trainer.is_fsdp_enabled)
@@ -230,6 +230,13 @@ def rehearse(recipe: Recipe) -> Rehearsal:
 def load(recipe: Recipe, device: torch.device, length: int) -> Any:
     """The model as it was saved, for texts of up to `length` tokens."""
     return load_model(recipe.model, device=str(device), config=config_of(recipe), length=length, **_revision(recipe))
+
+
+def train_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the weights that are trained."""
+    stored = stored_dtype(config_of(recipe)) or torch.float32
+    wanted = compute_dtype(recipe.train_dtype, stored, device)
+    return wanted if isinstance(wanted, torch.dtype) else stored
 
 
 def _revision(recipe: Recipe) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def run(
     dtype: str,
     device: str,
     output: Path | None,
+    original_length: int | None = None,
     made: list[Any] | None = None,
     fresh: bool = False,
     **settings: Any,
@@ -58,9 +59,12 @@ def run(
     if saved := named.saved_method(loaded):
         # The baselines are the model without the patch, with the weights it has now.
         unpatch(loaded)
+        original_length = original_length or saved.arguments["original_max_position_embeddings"]
         specs = [saved, *specs]
-    config = _config(loaded, model=model, data=data, **settings)
+    config = _config(loaded, model=model, data=data, original_length=original_length, **settings)
     specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
+    if original_length is not None:
+        specs = [spec.trained_at(original_length) for spec in specs]
     if lengthen_tables(loaded, config.lengths[-1]):
         specs = [spec.reaching(config.lengths[-1]) for spec in specs]
     source = kinds.Source(
@@ -97,15 +101,19 @@ def _config(
     lengths: str,
     factor: float | None,
     target_length: int | None,
+    original_length: int | None,
     chunk_size: int,
     model_name: str | None,
     seed: int,
     **_: Any,
 ) -> Any:
-    from rope_scaling.hf.describe import read_description
+    from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+    from rope_scaling.hf.rotary import rotary_slots
 
     settings = importlib.import_module("rope_scaling.eval.config")
-    trained = max(slot.reach for slot in read_description(loaded).slots)
+    trained = max(
+        read_pretrained(slot, pretrained_settings(slot.config), original_length).reach for slot in rotary_slots(loaded)
+    )
     tokens = importlib.import_module("rope_scaling.eval.documents").parse_lengths(lengths.split(","), trained)
     settings.check_lengths(tokens)
     return settings.EvaluationConfig(

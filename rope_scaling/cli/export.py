@@ -10,17 +10,28 @@ from typing import Any
 from rope_scaling.errors import RopeScalingError
 
 
-def patch_as_asked(model: Any, method: str | None, factor: float | None, target_length: int | None) -> None:
+def patch_as_asked(
+    model: Any,
+    method: str | None,
+    factor: float | None,
+    target_length: int | None,
+    original_length: int | None = None,
+) -> None:
     """Patches by what stands on the command line.
 
     Raises:
         RopeScalingError: a factor or length without a method, or as `patch`.
     """
+    extent = {
+        "factor": factor,
+        "target_length": target_length,
+        "original_max_position_embeddings": original_length,
+    }
     if method is not None:
-        named = importlib.import_module("rope_scaling.eval.methods")
-        named.patch_by_text(model, method, factor=factor, target_length=target_length)
-    elif factor is not None or target_length is not None:
-        raise RopeScalingError("`--factor` and `--target-length` go with `--method`.")
+        importlib.import_module("rope_scaling.eval.methods").patch_by_text(model, method, **extent)
+    elif given := [f"--{name.replace('_', '-')}" for name, value in extent.items() if value is not None]:
+        names = " and ".join(f"`{name}`" for name in given)
+        raise RopeScalingError(f"{names} can only be given with `--method`.")
 
 
 def run(
@@ -30,6 +41,7 @@ def run(
     method: str | None,
     factor: float | None,
     target_length: int | None,
+    original_length: int | None,
     adapter: str | None,
     dtype: str,
     gguf: Path | None,
@@ -58,7 +70,7 @@ def run(
         from rope_scaling.hf.adapters import load_adapter
 
         model = load_adapter(adapter, model).merge_and_unload()
-    patch_as_asked(model, method, factor, target_length)
+    patch_as_asked(model, method, factor, target_length, original_length)
     if out is None:
         print(json.dumps(config_overrides(model, target)))
         return

@@ -25,12 +25,26 @@ app = typer.Typer(
 )
 
 
+DTYPE_HELP = "auto (the checkpoint's, or float32 on a processor that is slow in it), float32, bfloat16 or float16."
+ORIGINAL = Annotated[
+    Optional[int],
+    typer.Option(
+        "--original-max-position-embeddings",
+        help="Trained length in tokens, where the config has none or a wrong one (Qwen3: 32768).",
+        min=1,
+    ),
+]
+"""An option of several commands."""
+
+
 app.add_typer(plot.app)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="'demo' (the embedded model), a folder, or a hub id.")] = "demo",
+    model: Annotated[
+        str, typer.Option(help="'demo' (the embedded model), a folder (an adapter's too), or a hub id.")
+    ] = "demo",
     method: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -44,6 +58,7 @@ def evaluate(
         Optional[float], typer.Option(help="Factor to patch with. [default: longest length over trained length]")
     ] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    original_length: ORIGINAL = None,
     lengths: Annotated[
         str, typer.Option(help="Ascending, in tokens ('8192,16384') or trained lengths ('1x,2x').")
     ] = "1x,2x,4x,8x",
@@ -69,7 +84,7 @@ def evaluate(
         bool, typer.Option(help="Cut each text into documents of the longest length, in place of its start only.")
     ] = False,
     max_documents: Annotated[Optional[int], typer.Option(help="Stop after that many documents.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     chunk_size: Annotated[int, typer.Option(help="Tokens of a forward call.", min=1)] = 2048,
     model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
@@ -80,7 +95,11 @@ def evaluate(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure anew.")] = False,
 ) -> None:
-    """Measure how far a model reads: unpatched, cropped, and under each method."""
+    """Measure how far a model reads: unpatched, cropped, and under each method.
+
+    A model that was saved patched is measured under its patch, against the same weights without it; an adapter is
+    merged into its base model first.
+    """
     command = importlib.import_module("rope_scaling.cli.evaluate")
     command.run(**{**locals(), "methods": method, "tasks": task})
 
@@ -88,7 +107,9 @@ def evaluate(
 @app.command()
 def harness(
     tasks: Annotated[str, typer.Option(help="lm-eval's names, as in 'ruler' or 'niah_single_1,ruler_vt'.")],
-    model: Annotated[str, typer.Option(help="'demo' (the embedded model), a folder, or a hub id.")] = "demo",
+    model: Annotated[
+        str, typer.Option(help="'demo' (the embedded model), a folder (an adapter's too), or a hub id.")
+    ] = "demo",
     method: Annotated[Optional[list[str]], typer.Option(help="Repeat for several, as for `evaluate`.")] = None,
     samples: Annotated[int, typer.Option(help="Documents of each task and length.", min=1)] = 50,
     lengths: Annotated[
@@ -96,7 +117,8 @@ def harness(
     ] = "1x,2x,4x",
     factor: Annotated[Optional[float], typer.Option(help="Factor to patch with.")] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    original_length: ORIGINAL = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     timeout: Annotated[int, typer.Option(help="Seconds that making a task's documents may take.", min=1)] = 3600,
     model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
@@ -171,24 +193,27 @@ def finetune(
 
 @app.command()
 def describe(
-    model: Annotated[str, typer.Argument(help="'demo', a folder, or a hub id; its weights are not loaded.")],
+    model: Annotated[
+        str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id; its weights are not loaded.")
+    ],
     pairs: Annotated[bool, typer.Option(help="Also print the table of every rotated pair.")] = False,
     method: Annotated[Optional[str], typer.Option(help="Show what this method would do.")] = None,
     factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    original_length: ORIGINAL = None,
 ) -> None:
-    """Say which scaling a model has, or would have under a method."""
+    """Say which scaling a model has, with the patch that it was saved with, or would have under a method."""
     from rope_scaling.hf.describe import describe as describe_model
     from rope_scaling.hf.loading import load_skeleton
 
     skeleton = load_skeleton(model)
-    patch_as_asked(skeleton, method, factor, target_length)
+    patch_as_asked(skeleton, method, factor, target_length, original_length)
     describe_model(skeleton, pairs=pairs)
 
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="'demo', a folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id.")],
     target: Annotated[str, typer.Option(help="transformers, transformers-v4, vllm, sglang or llama.cpp.")],
     out: Annotated[
         Optional[Path], typer.Option(help="New folder. Without one, the keys to override are printed as JSON.")
@@ -198,6 +223,7 @@ def export(
     ] = None,
     factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
     target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    original_length: ORIGINAL = None,
     gguf: Annotated[
         Optional[Path], typer.Option(help="A GGUF file of the model: `--out` is a copy of it with the scaling inside.")
     ] = None,
@@ -205,7 +231,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write a patched model for a server that does not know this library."""
-    exporting.run(model, target, out, method, factor, target_length, adapter, dtype, gguf)
+    exporting.run(model, target, out, method, factor, target_length, original_length, adapter, dtype, gguf)
 
 
 @app.command()

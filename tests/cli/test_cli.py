@@ -122,6 +122,46 @@ def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("out", "saved")] == []
 
 
+ORIGINAL = ("--original-max-position-embeddings", 64)
+
+
+@pytest.fixture(scope="module")
+def overstated(tmp_path_factory):
+    """A folder whose config states 80 tokens of a model that was trained at 64, as Qwen3's does."""
+    path = tmp_path_factory.mktemp("overstated")
+    make_model("llama", vocab_size=4096, max_position_embeddings=80).save_pretrained(path)
+    load_tokenizer("demo").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("given", [["yarn", *ORIGINAL], ["yarn:original_max_position_embeddings=64"]])
+def test_a_trained_length_that_the_config_does_not_know(given, overstated, command):
+    method = ["--method", *given, "--factor", 4]
+    described = command("describe", overstated, *method)
+    assert "64 trained, 64 as it arrived, 256 now" in described.stdout
+    keys = json.loads(command("export", overstated, "--target", "vllm", *method).stdout)
+    assert keys["max_position_embeddings"] == 256
+    assert keys["rope_parameters"]["original_max_position_embeddings"] == 64
+
+
+def test_evaluate_counts_in_the_trained_length_that_it_is_told(overstated, folder, text, tmp_path, command):
+    found = {}
+    for model, arguments in ((overstated, ORIGINAL), (folder, ())):
+        out = tmp_path / model.name
+        lengths = ["--lengths", "1x,2x", "--max-documents", 1, "--method", "self_extend"]
+        done = command("evaluate", "--model", model, "--data", text, *lengths, *arguments, "--output", out)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+        found[model] = [(row["method"], row["to"], row["nll"]) for row in rows if "nll" in row]
+        assert rows[0]["trained_length"] == 64
+    assert found[overstated] == found[folder]
+
+
+@pytest.mark.parametrize("name", ["describe", "evaluate", "harness", "export"])
+def test_help_names_the_trained_length(name, command):
+    assert ORIGINAL[0][:20] in command(name, "--help").stdout
+
+
 def test_help_names_the_commands():
     assert all(name in run("--help").stdout for name in ("evaluate", "methods", "describe"))
 
@@ -196,7 +236,14 @@ def case(message, *arguments):
         case(
             "'yarn' needs to know how far: give `factor` or `target_length`", "describe", "MODEL", "--method", "yarn"
         ),
-        case("go with `--method`", "describe", "MODEL", "--factor", "4"),
+        case("`--factor` can only be given with `--method`", "describe", "MODEL", "--factor", "4"),
+        case(
+            "`--original-max-position-embeddings` can only be given with `--method`",
+            "describe",
+            "MODEL",
+            "--original-max-position-embeddings",
+            "32",
+        ),
         case("holds no model: it has no `config.json`", "describe", "OCCUPIED"),
         case("has no rotary position embedding", "describe", "GPT2"),
         case("must be even", "describe", "ODD"),

@@ -34,7 +34,7 @@ def test_is_an_ordinary_llama(model, tokenizer):
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.max_position_embeddings == tokenizer.model_max_length == 256
     assert model.config.num_key_value_heads < model.config.num_attention_heads
-    assert model.config.tie_word_embeddings and model.dtype == torch.bfloat16
+    assert model.config.tie_word_embeddings and load_model("demo", "stored").dtype == torch.bfloat16
     text = "def f(x):\n    return x  # naïve ☃"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id

@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(FOLDER, "bfloat16")
+    return load_model(FOLDER)
 
 
 def test_every_method_takes_effect_and_goes_back(model):

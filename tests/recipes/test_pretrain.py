@@ -48,7 +48,7 @@ def test_writes_a_model_that_loads(small_corpus, small_config, tmp_path, capsys)
     quality = json.loads(capsys.readouterr().out.split("\n{\n", 1)[1].join(["{", ""]))
     assert quality == json.loads((tmp_path / "training.json").read_text())["quality"]
     assert math.isfinite(quality["bits_per_byte"]) and quality["xz_bits_per_byte"] > 0
-    model, tokenizer = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
+    model, tokenizer = load_model(str(tmp_path), "stored"), load_tokenizer(str(tmp_path))
     assert model.dtype == torch.bfloat16
     ids = tokenizer("def f(x):", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
