@@ -3,9 +3,9 @@
     python benchmarks/loss.py             # 3 minutes on two cores that do nothing else
     python benchmarks/loss.py --record    # also rewrites benchmarks/results/loss.jsonl
 
-The head of SmolLM2-135M (width 576; bfloat16, or float32 on a processor that is slow in it), forward and backward, each
-in a process of its own; peak memory is what the process adds to what it held before. Times alternate in one process, at
-4,096 tokens.
+The head of SmolLM2-135M (width 576; bfloat16, or float32 on a processor that is slow in it), forward and backward,
+each in a process of its own; peak memory is what the process adds to what it held before. Times alternate in one
+process, at 4,096 tokens.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_commands_measure_in_what_is_fast_and_write_what_was_stored(tmp_path):
         "evaluation: {source: ./test.txt, lengths: [1x], max_documents: 1}\n"
     )
     code = """
-from rope_scaling.recipes import train
+from rope_scaling.cli.main import main
 for command in (
     "evaluate --model ./model --data test.txt --method yarn --lengths 1x,2x --output evaluated",
     "export ./model --target sglang --method yarn --factor 2 --out exported",
