@@ -13,7 +13,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.both_ways import WindowProgram, window_program
 from rope_scaling.hf.extend import closed_form
-from rope_scaling.hf.pretrained import Pretrained, factor_of, layer_configs, windows_of
+from rope_scaling.hf.pretrained import Pretrained, factor_of, host_frequencies, layer_configs, windows_of
 from rope_scaling.hf.probe import look_at
 from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.resolve import Resolved
@@ -59,8 +59,8 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     silent = [index for index, kind in enumerate(types) if kind not in _FULL | _WINDOWED | _CHUNKED]
     windows = windows_of(config)
     chunks = [getattr(one, "attention_chunk_size", None) for one in layer_configs(config)]
-    stated = {size for size in windows + chunks if size}
-    look = look_at(decoder, [slot.inv_freq for slot in slots], stated, silent)
+    inv_freqs = [host_frequencies(slot, slot.config)[0] if slot.inv_freq.is_meta else slot.inv_freq for slot in slots]
+    look = look_at(decoder, inv_freqs, silent)
     if look.noted.both_ways:
         reach = next(iter(patches.values())).pretrained.reach
         return window_program(decoder, wanted.spans, wanted.temperature, reach)

@@ -96,6 +96,12 @@ class Slot:
         same = found.dtype == torch.float32 and torch.equal(found, inv_freq)
         return same and self.attention_factor == attention_factor
 
+    def in_use(self) -> tuple[Any, ...]:
+        """What holds the frequencies, for telling by identity whether anything was put in its place since."""
+        buffers = [self.module._buffers.get(name) for name in self.buffer_names]
+        versions = [None if one is None or one.is_inference() else one._version for one in buffers]
+        return *buffers, *versions, getattr(self.module, self._attention_name, None), self.module.rope_type
+
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
         """Gives an unpatched module frequencies as Transformers would when it builds it from `rope_parameters`."""
         for name in self.buffer_names:
@@ -115,6 +121,8 @@ class _State:
     saved_attributes: dict[str, Any] = field(default_factory=dict)
     record: Any = None
     """What `patch` wants to remember of the whole patch."""
+    place: tuple[str, str] = ("", "")
+    """Names of the module and of its decoder in the model that was patched; wrappers that come later change them."""
 
 
 def rotary_slots(model: nn.Module) -> list[Slot]:
@@ -178,7 +186,18 @@ def remember(module: Any, *names: str) -> None:
 
 def set_record(slot: Slot, record: Any) -> None:
     """Leaves `record` in a patched module, for `patched_record` to find."""
-    _state(slot.module).record = record
+    state = _state(slot.module)
+    state.record, state.place = record, (slot.path, slot.decoder)
+
+
+def patched_place(slot: Slot) -> tuple[str, str]:
+    """Names that a patched slot's module and decoder had in the model when it was patched."""
+    return slot.module.__dict__[_STATE].place
+
+
+def is_pinned(module: nn.Module) -> bool:
+    """Whether a module is a patched one."""
+    return isinstance(module, _Pinned) and _STATE in module.__dict__
 
 
 def restore(module: Any) -> None:
@@ -186,7 +205,7 @@ def restore(module: Any) -> None:
     state = module.__dict__.pop(_STATE, None)
     if state is None:
         return
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = _unpinned_class(type(module))
     for name, value in state.saved_buffers.items():
         module._buffers[name] = value.to(module._buffers[name].device)
     for name, value in state.saved_attributes.items():
@@ -213,7 +232,9 @@ class _Pinned:
 
     def __reduce_ex__(self, protocol):  # type: ignore[no-untyped-def]
         # The subclass is made at run time and has no name to be found by; its base has.
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+        if type(self) not in _CLASSES.values():  # another library's subclass of it
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -229,6 +250,17 @@ def _pinned_class(base: type[nn.Module]) -> type[nn.Module]:
         namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         _CLASSES[base] = type(base.__name__, (_Pinned, base), namespace)
     return _CLASSES[base]
+
+
+def _unpinned_class(cls: type) -> type:
+    """A class without the pinning in it; another library may have made a subclass of the pinned one."""
+    if cls in _CLASSES.values():
+        return cls.__bases__[1]
+    if not issubclass(cls, _Pinned):
+        return cls
+    bases = tuple(map(_unpinned_class, cls.__bases__))
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)  # type: ignore[misc]
 
 
 def _state(module: nn.Module) -> _State:

@@ -32,12 +32,12 @@ class TableSlot(Slot):
     """
 
     owner: Any = field(default=None, compare=False)
-    """The config that the table was built from."""
+    """The decoder, whose config the table was built from."""
 
     @property
     def config(self) -> Any:
         """As of every slot."""
-        return self.owner
+        return self.owner.config
 
     @property
     def in_config(self) -> bool:
@@ -75,6 +75,11 @@ class TableSlot(Slot):
         if self.in_config:
             self._write(inv_freq, attention_factor, self.config.max_position_embeddings)
 
+    def in_use(self) -> tuple[Any, ...]:
+        """As of every slot."""
+        table = getattr(self.module, self._name)
+        return table, None if table.is_inference() else table._version
+
     def holds(self, inv_freq: torch.Tensor, attention_factor: float) -> bool:
         """As of every slot."""
         return torch.equal(self.table, _table(inv_freq, attention_factor, len(self.table)).to(self.table))
@@ -105,7 +110,7 @@ def table_slots(model: nn.Module) -> list[Slot]:
         name = _TABLES.get(type(module).__name__)
         if name is not None and hasattr(module, name):
             outer = decoder_around(model, path)
-            found.append(TableSlot(path, module, None, outer, model.get_submodule(outer).config))
+            found.append(TableSlot(path, module, None, outer, model.get_submodule(outer)))
     return found
 
 
