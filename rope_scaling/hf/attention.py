@@ -109,6 +109,8 @@ class Call:
             return None
         if getattr(self.cache, "offloading", False) or layer >= len(self.cache.layers):
             return None
+        if "Quantized" in type(self.cache.layers[layer]).__name__:
+            return None  # rotated keys beside it would take the memory that quantization saves
         return turned_keys_of(self.cache.layers[layer], self.program)
 
 

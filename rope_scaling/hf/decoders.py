@@ -73,7 +73,7 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     layers = []
     for place, (kind, found) in enumerate(zip(types, look.layouts, strict=True)):
         index, layout = found or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
-        index = _own_slot(slots, index, kind)
+        index = _own_slot(slots, inv_freqs, index, kind)
         scaled = (slots[index].path, slots[index].layer_type) in patches
         # A config without layer types and with a window has it in every layer, or states one that is never used.
         its_window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in look.noted.windows else None
@@ -94,12 +94,12 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     return program
 
 
-def _own_slot(slots: list[Slot], found: int, kind: str | None) -> int:
+def _own_slot(slots: list[Slot], inv_freqs: list[torch.Tensor], found: int, kind: str | None) -> int:
     """The slot of a layer's own kind, where several hold the frequencies that were found."""
     same = [
         index
         for index, slot in enumerate(slots)
-        if slot.layer_type == kind and torch.equal(slot.inv_freq, slots[found].inv_freq)
+        if slot.layer_type == kind and torch.equal(inv_freqs[index], inv_freqs[found])
     ]
     return same[0] if same else found
 

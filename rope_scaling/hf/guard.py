@@ -20,9 +20,11 @@ from torch import nn
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import NOTED, installed
+from rope_scaling.hf.cache import check_keys, remember_keys
 from rope_scaling.hf.configs import config_state
 from rope_scaling.hf.host import caches_of
 from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.rotary import Slot, is_pinned
 
 
@@ -54,11 +56,11 @@ class Guard:
         self.changed = any(_differs(one) for one in patches)
         self._slots = list(zip(slots, patches, strict=True))
         self._parents = [_parent(model, slot.path) for slot in slots]
-        self._in_use = [slot.in_use() for slot in slots]
+        self._in_use: list[tuple[Any, ...]] = [slot.in_use() for slot in slots]
         self._attending = [one for one in decoder.modules() if hasattr(one, "layer_idx") and "config" in vars(one)]
         self._holders = [one for one in model.modules() if _records(vars(one).get("config"))]
-        self._configs = [one.config for one in self._holders]
-        self._states = [config_state(config.get_text_config()) for config in self._configs]
+        self._states = [config_state(one.config.get_text_config()) for one in self._holders]
+        self._stated: list[tuple[Any, ...]] = [_stated(one) for one in self._holders]
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,12 +75,12 @@ class Guard:
         Raises:
             RopeScalingError: something that the patch relies on was changed, or the cache is of other frequencies.
         """
-        if NOTED.get() is not None and not torch.compiler.is_compiling():
-            return  # the model is being looked at, with attention that stands in for its own
-        for problem in self._attention_problems(decoder):
-            raise RopeScalingError(f"{problem} {_AGAIN}")
         if torch.compiler.is_compiling():
+            if self.attention is not None and decoder.config._attn_implementation != self.attention:
+                raise RopeScalingError(f"{self._turned_off(decoder, decoder.config._attn_implementation)} {_AGAIN}")
             return
+        if NOTED.get() is not None:
+            return  # the model is being looked at, with attention that stands in for its own
         for problem in self.problems(decoder):
             raise RopeScalingError(f"{problem} {_AGAIN}")
         for cache in caches_of(decoder, args, kwargs):
@@ -92,60 +94,52 @@ class Guard:
                     if vars(layer).get(_MARK) != self.frequencies:
                         setattr(layer, _MARK, self.frequencies)
                     self._layers.add(layer)
+                    if isinstance(self.program, SpanProgram):
+                        remember_keys(layer)
 
-    def problems(self, decoder: Any) -> Iterator[str]:
-        """Everything that is no longer as the patch left it."""
-        yield from self._attention_problems(decoder)
-        for index, ((slot, change), (parent, name)) in enumerate(zip(self._slots, self._parents, strict=True)):
+    def problems(self, decoder: Any, deep: bool = False) -> Iterator[str]:
+        """Everything that is no longer as the patch left it; `deep` compares values where identities are the same."""
+        if self.program is not None:
+            now = [module.config._attn_implementation for module in (decoder, *self._attending)]
+            if others := [name for name in now if name != self.attention]:
+                yield self._turned_off(decoder, others[0])
+            elif installed(decoder) is not self.program:
+                yield f"The forward hook of {type(decoder).__name__} was removed, which turns {self.method} off."
+        for at, ((slot, change), (parent, name)) in enumerate(zip(self._slots, self._parents, strict=True)):
             if parent is not None and parent._modules.get(name) is not slot.module:
                 yield f"The rotary module `{slot.path}` was replaced, so {self.method} is not in effect."
             elif not is_pinned(slot.module):
                 yield f"The class of the rotary module `{slot.path}` was changed back, so {self.method} may get lost."
-            elif not _same(now := slot.in_use(), self._in_use[index]):
+            elif not _same(in_use := slot.in_use(), self._in_use[at]) and not slot.inv_freq.is_meta:
                 if not slot.holds(change.extension.inv_freq, change.extension.attention_factor):
                     yield (
                         f"The frequencies in `{slot.path}` were overwritten after the patch, so {self.method} is not "
                         "in effect."
                     )
                     continue
-                self._in_use[index] = now
+                self._in_use[at] = in_use
         for index, holder in enumerate(self._holders):
-            config = holder.config
-            if config is not self._configs[index]:
-                if not _records(config) or config_state(config.get_text_config()) != self._states[index]:
-                    yield (
-                        f"`config` of {type(holder).__name__} was replaced after the patch by one that does not state "
-                        f"it, so a saved model would lose {self.method}."
-                    )
-                    continue
-                self._configs[index] = config
-            elif not _records(config):
+            stated = _stated(holder)
+            if not deep and _same(stated, self._stated[index]):
+                continue
+            if config_state(holder.config.get_text_config()) != self._states[index]:
                 yield (
-                    f"`{RECORD_KEY}` was taken out of the config of {type(holder).__name__}, so a saved model would "
-                    f"lose {self.method}."
+                    f"The config of {type(holder).__name__} was replaced or edited after the patch and no longer "
+                    f"states it, so a saved model would lose {self.method}."
                 )
+                continue
+            self._stated[index] = stated
 
-    def _attention_problems(self, decoder: Any) -> Iterator[str]:
-        if self.program is None:
-            return
-        now = next(
-            (
-                name
-                for module in (decoder, *self._attending)
-                if (name := module.config._attn_implementation) != self.attention
-            ),
-            None,
+    def _turned_off(self, decoder: Any, name: str) -> str:
+        return (
+            f"The attention implementation of {type(decoder).__name__} was set to {name!r} after the patch, which "
+            f"turns {self.method} off."
         )
-        if now is not None:
-            yield (
-                f"The attention implementation of {type(decoder).__name__} was set to {now!r} after the patch, which "
-                f"turns {self.method} off."
-            )
-        elif installed(decoder) is not self.program:
-            yield f"The forward hook of {type(decoder).__name__} was removed, which turns {self.method} off."
 
     def _check_cache(self, cache: Any) -> None:
         for layer in cache.layers:
+            if isinstance(self.program, SpanProgram):
+                check_keys(layer)
             mark = vars(layer).get(_MARK)
             if mark == self.frequencies:
                 vars(layer).pop("update", None)
@@ -208,8 +202,14 @@ def _records(config: Any) -> bool:
     return getattr(text, RECORD_KEY, None) is not None
 
 
+def _stated(holder: Any) -> tuple[Any, ...]:
+    """What a module's config says of the patch, for telling by identity whether it was replaced."""
+    text = holder.config.get_text_config()
+    return holder.config, *(getattr(text, name, None) for name in ("rope_parameters", RECORD_KEY))
+
+
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
-    return all(a is b or (not isinstance(a, torch.Tensor) and a == b) for a, b in zip(one, other, strict=True))
+    return all(a is b or (isinstance(a, int | float | str) and a == b) for a, b in zip(one, other, strict=True))
 
 
 def _differs(change: Any) -> bool:
@@ -228,7 +228,8 @@ def _digest(slots: list[Slot]) -> str:
 
 
 def _held(layer: Any) -> bool:
-    return bool(getattr(layer, "is_initialized", True)) and bool(layer.get_seq_length())
+    """Whether a cache layer holds keys; layers of a recurrence have none."""
+    return getattr(layer, "keys", None) is not None and bool(layer.get_seq_length())
 
 
 def _refuse(method: str, *_: Any, **__: Any) -> Any:

@@ -36,6 +36,7 @@ from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_place, patched_record, restore, rotary_slots, set_record
+from rope_scaling.hf.s2 import has_s2_attention
 from rope_scaling.hf.softmax import scale_softmax
 from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.methods import Method
@@ -245,6 +246,11 @@ def _apply(
             "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
             "Name the method you want, as in `patch(model, 'yarn', factor=4)`; it starts from the pretrained state."
         )
+    if in_attention and any(has_s2_attention(model.get_submodule(slot.decoder)) for slot in slots):
+        raise RopeScalingError(
+            "This model has S2 attention, which cannot be combined with a span method or a temperature: both decide "
+            "what attention computes. Call `remove_s2_attention(model)` first, or patch with a frequency method."
+        )
     programs = make_programs(model, slots, patches, wanted) if in_attention else {}
     target = max(change.target_length for change in patches.values())
     check_felt(model, slots, set(patches), target)
@@ -259,7 +265,7 @@ def _apply(
     outer, outer_config = applied_patch(slots), config_state(config)
     if outer is not None:
         _roll_back(model, slots)
-    applied = Applied(patches, config_state(config), wanted.methods, programs)
+    applied = Applied(patches, config_state(config_of(slots)), wanted.methods, programs)
     try:
         _commit(model, slots, applied, after)
     except Exception:

@@ -9,6 +9,8 @@ zeros, so that every layer sees the same in both.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
@@ -100,6 +101,8 @@ def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
     Returns:
         One flag a layer and the windows in tokens; `None` if the decoder cannot be run on a few vectors.
     """
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return None
     runnable = with_weights(decoder)
     count = decoder.config.num_hidden_layers
     if hasattr(next(runnable.parameters()), "device_mesh"):  # sharded: running it takes all processes
@@ -125,11 +128,18 @@ def with_weights(decoder: Any) -> Any:
     for tensor in (*decoder.parameters(), *decoder.buffers()):
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    # Accelerate's hooks hold the offloaded weights.
+    memo |= {id(hook): None for module in decoder.modules() if (hook := vars(module).get("_hf_hook")) is not None}
     copied = copy.deepcopy(decoder, memo)
-    remove_hook_from_submodules(copied)
+    for module in copied.modules():
+        vars(module).pop("_hf_hook", None)
+        if "_old_forward" in vars(module):
+            module.forward = vars(module).pop("_old_forward")
     copied._forward_pre_hooks.clear()
     copied._forward_hooks.clear()
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    sizes = [_strides(tensor)[1] for tensor in (*copied.parameters(), *copied.buffers())]
+    noise = noise.repeat(-(-max(sizes) // len(noise)))
     for module in copied.modules():
         _fill(module, noise)
     for slot in rotary_slots(copied):
@@ -145,13 +155,22 @@ def _fill(module: nn.Module, noise: torch.Tensor) -> None:
             if tensor is None:
                 continue
             if tensor.is_floating_point():
-                size = sum(length - 1 for length in tensor.shape) + 1
-                filled = noise.repeat(-(-size // len(noise))).as_strided(tensor.shape, (1,) * tensor.ndim)
+                filled = noise.as_strided(tensor.shape, _strides(tensor)[0])
             else:
                 filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
             tensors[name] = nn.Parameter(filled, requires_grad=False) if tensors is module._parameters else filled
     if isinstance(module, nn.Linear):
         module.forward = partial(_mix, noise, module.out_features)  # type: ignore[method-assign]
+
+
+def _strides(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    """Strides at which a tensor of that shape takes little of a shared storage, and the size that it takes: large
+    matrices begin each row one number later, and stacks of matrices (experts) share one."""
+    shape = tuple(tensor.shape)
+    if len(shape) == 2 and tensor.numel() > 1 << 24:
+        return (1, 1), sum(shape)
+    strides = tuple(math.prod(shape[at + 1 :]) if at >= len(shape) - 2 else 0 for at in range(len(shape)))
+    return strides, math.prod(shape[-2:])
 
 
 def _mix(noise: torch.Tensor, width: int, vectors: torch.Tensor) -> torch.Tensor:

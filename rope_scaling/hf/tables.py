@@ -92,7 +92,7 @@ class TableSlot(Slot):
 
     @property
     def _name(self) -> str:
-        return _TABLES[type(self.module).__name__]
+        return str(_table_name(self.module))
 
     def _write(self, inv_freq: torch.Tensor, attention_factor: float, rows: int) -> None:
         table = _table(inv_freq, attention_factor, rows).to(self.table)
@@ -107,11 +107,15 @@ def table_slots(model: nn.Module) -> list[Slot]:
     """The tables of a model: one for a decoder or encoder, or one for each of its layers."""
     found: list[Slot] = []
     for path, module in model.named_modules():
-        name = _TABLES.get(type(module).__name__)
+        name = _table_name(module)
         if name is not None and hasattr(module, name):
             outer = decoder_around(model, path)
             found.append(TableSlot(path, module, None, outer, model.get_submodule(outer)))
     return found
+
+
+def _table_name(module: nn.Module) -> str | None:
+    return next((_TABLES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TABLES), None)
 
 
 def rope_parameters_of(config: Any) -> Any:

@@ -29,6 +29,7 @@ from rope_scaling import (
 from rope_scaling.attention.rows import read_documents
 from rope_scaling.hf.attention import CALL, NAME, Call, installed
 from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.loud import MESSAGE
 from span_cases import SPAN_CASES
 
 
@@ -216,7 +217,7 @@ def test_goes_back_and_leaves_nothing(case):
     with rope_scaling.patched(model, "yarn", factor=4):
         outer = logits(model)
         apply(model, case)
-        assert model.config._attn_implementation == NAME and "rope_scaling" in str(model.config.rope_parameters)
+        assert model.config._attn_implementation == NAME and MESSAGE in model.config.to_json_string()
         assert not torch.equal(logits(model), before)
         rope_scaling.patch(model, "yarn", factor=4)
         assert torch.equal(logits(model), outer)
