@@ -10,6 +10,7 @@ from torch import nn
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.pretrained import layer_configs, windows_of
 from rope_scaling.hf.probe import rotating_layers
+from rope_scaling.hf.program import level_of_the_caller
 from rope_scaling.hf.rotary import Slot
 
 
@@ -56,8 +57,20 @@ def check_felt(model: nn.Module, slots: list[Slot], patched: set[tuple[str, str 
                 f"that have one see {widest} tokens at most, which the model was trained on. A patch to {length} "
                 "tokens changes what they compute and helps no layer to see further: the model may read that far "
                 "without it.",
-                stacklevel=5,
+                stacklevel=level_of_the_caller(),
             )
+
+
+def warn_of_windows(config: Any, length: int) -> None:
+    """Warns of a model whose every layer sees less than `length` tokens."""
+    window = max((window or length for window in windows_of(config)), default=length)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window < length and kinds == {"sliding_attention"}:
+        warnings.warn(
+            f"Every layer of this model attends to the last {window} tokens only (`sliding_window`), so no layer sees "
+            f"{length} tokens at once, whatever its frequencies.",
+            stacklevel=level_of_the_caller(),
+        )
 
 
 def _limits(config: Any, used: set[int]) -> list[int | None]:

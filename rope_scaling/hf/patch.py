@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from rope_scaling.hf.attention import install, installed, remove
 from rope_scaling.hf.both_ways import WindowProgram
 from rope_scaling.hf.configs import config_of, config_state, own_configs, set_config
 from rope_scaling.hf.decoders import make_programs
-from rope_scaling.hf.effect import check_felt
+from rope_scaling.hf.effect import check_felt, warn_of_windows
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
 from rope_scaling.hf.guard import Guard, guard, unguard
 from rope_scaling.hf.loud import fail_in_plain_transformers
@@ -30,7 +29,6 @@ from rope_scaling.hf.pretrained import (
     method_text,
     pretrained_settings,
     read_pretrained,
-    windows_of,
 )
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
@@ -255,7 +253,7 @@ def _apply(
     target = max(change.target_length for change in patches.values())
     check_felt(model, slots, set(patches), target)
     if not wanted.spans:
-        _warn_of_windows(config, target)
+        warn_of_windows(config, target)
     after["max_position_embeddings"] = target
     stated = wanted.target_length if in_attention else target
     for name in ACTIVATION_KEYS:
@@ -353,17 +351,6 @@ def _check_as_configured(slot: Slot, pretrained: Pretrained) -> None:
             f"The frequencies in `{slot.path}` are not those of the model's config, so one of the two was changed "
             "after loading. Transformers reads the config only when it builds a model: load the model again and "
             "patch it."
-        )
-
-
-def _warn_of_windows(config: Any, length: int) -> None:
-    window = max((window or length for window in windows_of(config)), default=length)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window < length and kinds == {"sliding_attention"}:
-        warnings.warn(
-            f"Every layer of this model attends to the last {window} tokens only (`sliding_window`), so no layer sees "
-            f"{length} tokens at once, whatever its frequencies.",
-            stacklevel=4,
         )
 
 

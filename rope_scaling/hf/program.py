@@ -120,11 +120,11 @@ class SpanProgram:
             warnings.warn(
                 f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
                 f"{self.reach} tokens: the model meets distances it was not trained on.",
-                stacklevel=_level_of_the_caller(),
+                stacklevel=level_of_the_caller(),
             )
 
 
-def _level_of_the_caller() -> int:
+def level_of_the_caller() -> int:
     """`stacklevel` of the first line outside this library and those that it runs in: the user's call."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.overlay import Overlay, lay_over, take_off
 
 
 _STATE = "_rope_scaling"
@@ -206,7 +207,7 @@ def restore(module: Any) -> None:
     state = module.__dict__.pop(_STATE, None)
     if state is None:
         return
-    module.__class__ = _unpinned_class(type(module))
+    take_off(module, _Pinned)
     for name, value in state.saved_buffers.items():
         module._buffers[name] = value.to(module._buffers[name].device)
     for name, value in state.saved_attributes.items():
@@ -214,7 +215,7 @@ def restore(module: Any) -> None:
         setattr(module, name, nn.Parameter(value.to(getattr(module, name).device), False) if moved else value)
 
 
-class _Pinned:
+class _Pinned(Overlay):
     """Keeps a rotary module's patched frequencies in float32 whatever is done to the model around it."""
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -231,43 +232,11 @@ class _Pinned:
         factor = getattr(self, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling")
         return pinned[name].to(device), factor
 
-    def __reduce_ex__(self, protocol):  # type: ignore[no-untyped-def]
-        # The subclass is made at run time and has no name to be found by; its base has.
-        if type(self) not in _CLASSES.values():  # another library's subclass of it
-            return super().__reduce_ex__(protocol)
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _pinned_class(base)
-    return cls.__new__(cls)
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _pinned_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _CLASSES:
-        namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _CLASSES[base] = type(base.__name__, (_Pinned, base), namespace)
-    return _CLASSES[base]
-
-
-def _unpinned_class(cls: type) -> type:
-    """A class without the pinning in it; another library may have made a subclass of the pinned one."""
-    if cls in _CLASSES.values():
-        return cls.__bases__[1]
-    if not issubclass(cls, _Pinned):
-        return cls
-    bases = tuple(map(_unpinned_class, cls.__bases__))
-    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, bases, body)  # type: ignore[misc]
-
 
 def _state(module: nn.Module) -> _State:
     if _STATE not in module.__dict__:
         module.__dict__[_STATE] = _State()
-        module.__class__ = _pinned_class(type(module))
+        lay_over(module, _Pinned)
     return module.__dict__[_STATE]
 
 
