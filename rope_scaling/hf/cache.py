@@ -162,12 +162,15 @@ class TurnedKeys:
         if kept.end < end:
             rotation = plan.key_rotation(segment, span, kept.end, end)
             kept.append(turn(key[:, :, kept.end : end], rotation, plan.layout))
-        self._buffers[name] = kept
-        self._used.add(name)
+        if any(int(first[-1]) <= int(last[-1]) for first, last in bounds):
+            # The last query sees keys there, and so may the next.
+            self._buffers[name] = kept
+            self._used.add(name)
         return kept.keys, kept.begin
 
+    @property
     def elements(self) -> int:
-        """Numbers held, for measuring."""
+        """Numbers held."""
         return sum(buffer.tensor.numel() for buffer in self._buffers.values())
 
 
@@ -194,7 +197,7 @@ class _Buffer:
             return
         stays = self.keys[:, :, begin - self.begin :]
         needed = end - begin
-        bigger = like.new_empty(*like.shape[:2], needed + needed // 8 + _SLACK, like.shape[3])
+        bigger = like.new_empty(*like.shape[:2], needed + needed // 8 + 8, like.shape[3])
         bigger[:, :, : stays.shape[2]] = stays
         self.tensor, self.begin = bigger, begin
 
@@ -207,6 +210,12 @@ def turned_keys_of(layer: Any, owner: Any) -> TurnedKeys:
     if layer not in _TURNED or _TURNED[layer][0]() is not owner:
         _TURNED[layer] = weakref.ref(owner), TurnedKeys()
     return _TURNED[layer][1]
+
+
+def rotated_copies(cache: Any) -> float:
+    """How much is kept rotated beside a cache, in copies of its keys."""
+    kept = sum(_TURNED[layer][1].elements for layer in cache.layers if layer in _TURNED)
+    return kept / sum(layer.keys.numel() for layer in cache.layers)
 
 
 def key_store(layer: Any, cache: Any, length: int, index: int, needed: tuple[int, int] | None) -> KeyStore:
