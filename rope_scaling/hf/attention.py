@@ -83,6 +83,8 @@ class Call:
                 "to the decoder's forward call; if Transformers is newer than this library, please report its version."
             )
         plan = self.plan(layer)
+        if dropout:
+            self.program.warn_of_dropout(dropout)
         if query.device.type == "cuda" and not dropout and self.length > _FEW:
             return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
         if query.device.type != "cpu" or dropout or softcap is not None or value.shape[-1] != query.shape[-1]:
