@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import resource
 import sys
 import time
@@ -21,14 +22,18 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import rope_scaling
 from rope_scaling import AngleClip, DualChunk, DynamicYarn, LmInfinite, ReRope, SelfExtend
+from rope_scaling.hf.cache import rotated_copies
 from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import load_model
+from rope_scaling.hf.pretrained import method_text
 
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
 CONTEXT = 16384
 TOKENS = 24
-METHODS = [ReRope(), SelfExtend(), AngleClip(), LmInfinite(), DualChunk(), DynamicYarn()]
+METHODS = [
+    *(ReRope(), SelfExtend(), AngleClip(), AngleClip(max_angle=math.pi), LmInfinite(), DualChunk(), DynamicYarn()),
+]
 STREAMED = 20_000
 
 
@@ -72,14 +77,16 @@ def decode(model: torch.nn.Module, twin: torch.nn.Module, method: object) -> dic
             seconds = time.perf_counter() - start
             if step >= 2:
                 times[is_patched].append(seconds)
+    rotated = rotated_copies(patched)
     rope_scaling.unpatch(twin)
     stock_ms, patched_ms = 1000 * median(times[False]), 1000 * median(times[True])
-    return row(method.name) | {
+    return row(method_text(method).removesuffix("()")) | {
         "context": CONTEXT,
         "tokens": TOKENS,
         "stock_ms": stock_ms,
         "patched_ms": patched_ms,
         "tokens_per_second_ratio": stock_ms / patched_ms,
+        "rotated_copies": rotated,
     }
 
 
@@ -132,7 +139,8 @@ def main() -> None:
             rows.append(found)
             print(
                 f"{found['method']:14s} stock {found['stock_ms']:7.1f} ms  patched {found['patched_ms']:7.1f} ms  "
-                f"tokens a second {found['tokens_per_second_ratio']:.3f} of stock",
+                f"tokens a second {found['tokens_per_second_ratio']:.3f} of stock  "
+                f"rotated keys {found['rotated_copies']:.2f} copies of the cached ones",
                 flush=True,
             )
     if "--record" in sys.argv:

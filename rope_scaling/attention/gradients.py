@@ -76,7 +76,7 @@ def _call_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a piece's queries, keys (both as turned) and values."""
     q = inputs.queries(piece.span, begin, end)[:, :, piece.begin - begin : piece.end - begin]
-    k = inputs.keys(piece.span)[:, :, piece.first : piece.last]
+    k = inputs.keys(piece.span, piece.first, piece.last)
     v = inputs.value[:, :, piece.first : piece.last]
     groups = q.shape[1] // k.shape[1]
     if groups > 1:

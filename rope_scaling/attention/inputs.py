@@ -11,8 +11,8 @@ from rope_scaling.attention.schedule import Schedule, make_schedule
 from rope_scaling.spans import Span
 
 
-TurnedKeys = Callable[[Segment, Span, torch.Tensor], torch.Tensor]
-"""Gives a segment's keys at the angles of a span, of at least as many keys as the span reaches."""
+TurnedKeys = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
+"""Gives a segment's keys at the angles of a span, all that its queries see there, and the index of the first."""
 
 
 def schedule_of(plan: Plan, segment: Segment) -> Schedule:
@@ -43,6 +43,7 @@ class Inputs:
         self.gain = plan.query_gain(segment)
         self.turned_keys = turned_keys
         self._keys: dict[int, torch.Tensor] = {}
+        self._first: dict[int, int] = {}
         self._queries: dict[tuple[int, int], torch.Tensor] = {}
         self._tile = (-1, -1)
         # What is turned on from in place must be a copy of the model's own, whatever was turned before.
@@ -50,15 +51,15 @@ class Inputs:
         self._owned_keys = {id(span.key) for span in chained}
         self._owned_queries = {(id(span.query), id(span.amplitude)) for span in chained}
 
-    def keys(self, index: int) -> torch.Tensor:
-        """Keys at the angles of span `index`, up to the last it reaches, `[rows, Hk, S, d]`."""
+    def keys(self, index: int, first: int, last: int) -> torch.Tensor:
+        """Keys `first .. last - 1` at the angles of span `index`, `[rows, Hk, last - first, d]`."""
         plan, span = self.plan, self.plan.spans[index]
         if span.key is None:
-            return self.key
+            return self.key[:, :, first:last]
         if id(span.key) not in self._keys:
             reach = schedule_of(plan, self.segment).reach(plan.spans, span.key)
             if self.turned_keys is not None:
-                turned = self.turned_keys(self.segment, span, self.key)
+                turned, self._first[id(span.key)] = self.turned_keys(self.segment, span, self.key)
             elif span.after is not None and id(span.after.key) in self._keys:
                 step = plan.step(self.segment, span.after, span, of_query=False)
                 before = self._keys.pop(id(span.after.key))[:, :, :reach]
@@ -69,7 +70,8 @@ class Inputs:
                 if rotation is None and id(span.key) in self._owned_keys:
                     turned = turned.clone()
             self._keys[id(span.key)] = turned
-        return self._keys[id(span.key)]
+        start = self._first.get(id(span.key), 0)
+        return self._keys[id(span.key)][:, :, first - start : last - start]
 
     def forget(self, begin: int) -> None:
         """Lets go of turned keys that no tile after the one at `begin` needs, or that it turns anew."""

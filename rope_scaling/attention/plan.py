@@ -78,8 +78,10 @@ class Plan:
             one, other = (before.query, span.query) if of_query else (before.key, span.key)
             positions = segment.positions if of_query else segment.key_positions
             gain = None
-            if of_query and span.amplitude is not None and before.amplitude is not None:
-                gain = torch.where(before.amplitude == span.amplitude, 1.0, span.amplitude / before.amplitude)
+            if of_query and not (span.amplitude is None and before.amplitude is None):
+                ones = torch.ones(len(self.inv_freq), dtype=torch.float64)
+                earlier, later = (ones if x is None else x for x in (before.amplitude, span.amplitude))
+                gain = torch.where(earlier == later, 1.0, later / earlier)
 
             def difference(begin: int, end: int) -> torch.Tensor:
                 its = positions[begin:end]

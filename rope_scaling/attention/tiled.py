@@ -129,7 +129,7 @@ def _call(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of a piece: one kernel call, or for a band one for each row of the batch."""
     q = q[:, :, piece.begin - begin : piece.end - begin]
-    k = inputs.keys(piece.span)[:, :, piece.first : piece.last]
+    k = inputs.keys(piece.span, piece.first, piece.last)
     v = inputs.value[:, :, piece.first : piece.last]
     if piece.shape == "band":
         results = [_band(inputs, piece, q[row], k[row], v[row], scaling) for row in range(len(q))]
@@ -166,7 +166,7 @@ def _band(
     width = piece.last - piece.first - (count - 1) * size
     cuts = q.unflatten(1, (count, size)).transpose(0, 1)
     k, v = (
-        x.as_strided((count, len(x), width, x.shape[2]), (size * x.stride(1), x.stride(0), x.stride(1), 1))
+        x.as_strided((count, len(x), width, x.shape[2]), (size * x.stride(1), x.stride(0), x.stride(1), x.stride(2)))
         for x in (k, v)
     )
     out, lse = _forward(cuts, k, v, 0.0, False, attn_mask=band_mask(inputs, size, width, q), scale=scaling)

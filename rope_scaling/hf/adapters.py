@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from rope_scaling.errors import RopeScalingError, cause_of
 from rope_scaling.hf.loud import is_loud
+from rope_scaling.hf.overlay import Overlay, lay_over
 from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.rotary import rotary_slots
@@ -22,7 +23,8 @@ HINT_KEY = "load this adapter with rope_scaling.load_adapter"
 
 
 def record_adapter(model: Any) -> Any:
-    """Makes everything that PEFT saves of this model carry the patch of its base, trainer checkpoints included.
+    """Makes every adapter that PEFT saves of this model carry the patch in effect at that time, those that are added
+    later and Trainer checkpoints included.
 
     ```python
     rope_scaling.patch(model, "yarn", factor=4)
@@ -49,16 +51,27 @@ def record_adapter(model: Any) -> Any:
             f"`record_adapter` takes what `peft.get_peft_model` returns; got {type(model).__name__}. A patched model "
             "without an adapter needs nothing: its config carries the patch."
         )
-    record = patch_record(model)
-    if record is None:
+    if patch_record(model) is None:
         raise RopeScalingError("The base of this adapter is not patched: there is nothing to record.")
-    for config in configs.values():
-        config.to_dict = partial(_with_record, type(config).to_dict, config, record)
+    lay_over(model, _Recorded)
     return model
 
 
-def _with_record(to_dict: Any, config: Any, record: dict[str, Any]) -> dict[str, Any]:
-    return {**to_dict(config), RECORD_KEY: record, HINT_KEY: True}
+class _Recorded(Overlay):
+    """Writes the patch in effect beside every adapter that is saved."""
+
+    def save_pretrained(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """As of `PeftModel`."""
+        save = super().save_pretrained  # type: ignore[misc]
+        save(*args, **kwargs)
+        record = patch_record(self)  # type: ignore[arg-type]
+        given = inspect.signature(save).bind(*args, **kwargs).arguments
+        if record is None or not given.get("is_main_process", True):
+            return
+        for name in given.get("selected_adapters") or list(self.peft_config):  # type: ignore[attr-defined]
+            path = Path(given["save_directory"]) / ("" if name == "default" else name) / "adapter_config.json"
+            saved = json.loads(path.read_text(encoding="utf-8")) | {RECORD_KEY: record, HINT_KEY: True}
+            path.write_text(json.dumps(saved, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(

@@ -83,6 +83,8 @@ class Call:
                 "to the decoder's forward call; if Transformers is newer than this library, please report its version."
             )
         plan = self.plan(layer)
+        if dropout:
+            self.program.warn_of_dropout(dropout)
         if query.device.type == "cuda" and not dropout and self.length > _FEW:
             return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
         if query.device.type != "cpu" or dropout or softcap is not None or value.shape[-1] != query.shape[-1]:
@@ -109,11 +111,13 @@ class Call:
             return None
         if getattr(self.cache, "offloading", False) or layer >= len(self.cache.layers):
             return None
+        if "Quantized" in type(self.cache.layers[layer]).__name__:
+            return None  # rotated keys beside it would take the memory that quantization saves
         return turned_keys_of(self.cache.layers[layer], self.program)
 
 
 class UnheardError(RopeScalingError):
-    """Attention was called, and what the hook passes on did not reach it."""
+    """The attention function was called without the keyword argument that the decoder hook adds."""
 
 
 class DecoderHook:
@@ -130,10 +134,11 @@ class DecoderHook:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             return (), kwargs  # the model's own error says what is missing
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise RopeScalingError(
-                "`torch.export` cannot follow spans, which depend on the positions of a call. A frequency method "
-                "can be exported; for the text at hand, `torch.compile` works."
+                "`torch.export` and `torch.jit.trace` cannot follow span methods and temperatures, which depend on "
+                "the positions of a call. Export a model that is patched with a frequency method; to speed this one "
+                "up, use `torch.compile`."
             )
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise RopeScalingError(
@@ -241,9 +246,10 @@ def span_attention(
     call = kwargs.get(CALL)
     if call is None:
         raise UnheardError(
-            f"{type(module).__name__} was called with the attention of a patched model, but its decoder is not "
-            "patched. Two models that share one config object share its attention: load them separately, or give "
-            "this one its own with `model.set_attn_implementation('sdpa')`."
+            f"{type(module).__name__} has the attention of a patched model, but its decoder has no hook: the hook was "
+            "removed, or this model was built from a patched model's config. Patch it (`rope_scaling.patch(model)` "
+            "patches as the config records), or give it stock attention with "
+            "`model.set_attn_implementation('sdpa')`."
         )
     if not getattr(module, "is_causal", True):
         _note_both_ways(type(module).__name__)
@@ -352,7 +358,11 @@ def install(decoder: Any, program: SpanProgram | WindowProgram) -> None:
     before = decoder.config._attn_implementation
     hook = DecoderHook(program, before) if isinstance(program, SpanProgram) else WindowHook(program, before)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
-    decoder.set_attn_implementation(NAME if isinstance(program, SpanProgram) else program.register())
+    decoder.set_attn_implementation(_name_of(program))
+
+
+def _name_of(program: SpanProgram | WindowProgram) -> str:
+    return NAME if isinstance(program, SpanProgram) else program.register()
 
 
 def remove(decoder: Any) -> None:
@@ -361,7 +371,8 @@ def remove(decoder: Any) -> None:
         if isinstance(hook, DecoderHook):
             del decoder._forward_pre_hooks[key]
             decoder._forward_pre_hooks_with_kwargs.pop(key, None)
-            decoder.set_attn_implementation(hook.before)
+            if decoder.config._attn_implementation == _name_of(hook.program):  # or it was set since
+                decoder.set_attn_implementation(hook.before)
 
 
 def installed(decoder: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,21 @@ class RetainedLayer(DynamicLayer):
         self.head = head
         self.window = window
         self.seen = 0
+        self._left = 0
+        """Keys held since the last call."""
 
     @property
     def store(self) -> KeyStore:
-        """Which slots are held."""
+        """Which slots are held.
+
+        Raises:
+            RopeScalingError: keys were removed by other code, so which ones is not known.
+        """
+        if self._held != self._left:
+            raise RopeScalingError(
+                f"Other code removed keys from this cache: a layer holds {self._held}, and its last call left "
+                f"{self._left}. Start from an empty cache."
+            )
         return KeyStore(head=self.head, gap=self.seen - self._held)
 
     @property
@@ -51,6 +63,7 @@ class RetainedLayer(DynamicLayer):
                 torch.cat([held[..., : self.head, :], held[..., self.head - room :, :]], dim=-2)
                 for held in (keys, values)
             )
+        self._left = self._held
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -77,12 +90,13 @@ class RetainedLayer(DynamicLayer):
             )
         super().crop(-count)
         self.seen -= count
+        self._left = self._held
 
     def reset(self) -> None:
         """Empties the layer; older versions of Transformers only overwrite what a growing one holds with zeros."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.seen = 0
+        self.seen = self._left = 0
 
 
 def retain(cache: DynamicCache, bounds: list[tuple[int, int] | None]) -> None:
@@ -108,7 +122,7 @@ class TurnedKeys:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], tuple[torch.Tensor, int]] = {}
+        self._buffers: dict[tuple[Any, ...], _Buffer] = {}
         self._used: set[tuple[Any, ...]] = set()
         self._keys: weakref.ref[torch.Tensor] | None = None
         self._state: tuple[int, int | None] = (0, None)
@@ -127,26 +141,65 @@ class TurnedKeys:
         self._keys, self._state = weakref.ref(layer.keys), (length, _version(layer.keys))
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in self._used}
 
-    def turned(self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor) -> torch.Tensor:
-        """A segment's keys (`[rows, Hk, S, d]`) at the angles of a span, up to the last that the span reaches."""
-        needed = int(segment.bounds(span)[1].max()) + 1
+    def turned(self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """A segment's keys at the angles of a span: those that the queries of this call see there, and no others.
+
+        Returns:
+            `tuple`: `[rows, Hk, S, d]`, and the index among the segment's keys of the first of them.
+        """
+        bounds = [segment.bounds(one) for one in plan.spans if one.key is span.key]
+        begin = min(int(first.min()) for first, _ in bounds)
+        end = max(int(last.max()) for _, last in bounds) + 1
         first, last = int(segment.key_positions[0]), int(segment.key_positions[-1])
         # Where a key lies must not have moved (the model's own windows and layers that forget shift keys), nor the
         # rows that are computed together, nor how the model turned them.
         gap = last - first - len(segment.key_positions)
         name = id(span.key), key.dtype, segment.rows.start, segment.rows.stop, segment.offset, first, gap
-        buffer, filled = self._buffers.get(name, (None, 0))
-        if buffer is None or buffer.shape[2] < needed:
-            bigger = key.new_empty(*key.shape[:2], needed + needed // 8 + 64, key.shape[3])
-            if buffer is not None:
-                bigger[:, :, :filled] = buffer[:, :, :filled]
-            buffer = bigger
-        if filled < needed:
-            rotation = plan.key_rotation(segment, span, filled, needed)
-            buffer[:, :, filled:needed] = turn(key[:, :, filled:needed], rotation, plan.layout)
-        self._buffers[name] = buffer, max(filled, needed)
-        self._used.add(name)
-        return buffer[:, :, :needed]
+        kept = self._buffers.get(name)
+        if kept is None or not kept.begin <= begin <= kept.end:
+            kept = _Buffer(key[:, :, :0], begin, begin)
+        kept.make_room(key, begin, end)
+        if kept.end < end:
+            rotation = plan.key_rotation(segment, span, kept.end, end)
+            kept.append(turn(key[:, :, kept.end : end], rotation, plan.layout))
+        if any(int(first[-1]) <= int(last[-1]) for first, last in bounds):
+            # The last query sees keys there, and so may the next.
+            self._buffers[name] = kept
+            self._used.add(name)
+        return kept.keys, kept.begin
+
+    @property
+    def elements(self) -> int:
+        """Numbers held."""
+        return sum(buffer.tensor.numel() for buffer in self._buffers.values())
+
+
+@dataclass
+class _Buffer:
+    """Rotated keys `begin .. end - 1` at the start of a tensor with room for more."""
+
+    tensor: torch.Tensor
+    begin: int
+    end: int
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.tensor[:, :, : self.end - self.begin]
+
+    def append(self, keys: torch.Tensor) -> None:
+        held = self.end - self.begin
+        self.tensor[:, :, held : held + keys.shape[2]] = keys
+        self.end += keys.shape[2]
+
+    def make_room(self, like: torch.Tensor, begin: int, end: int) -> None:
+        """For keys up to `end`; those before `begin` are let go of when there is too little."""
+        if end - self.begin <= self.tensor.shape[2]:
+            return
+        stays = self.keys[:, :, begin - self.begin :]
+        needed = end - begin
+        bigger = like.new_empty(*like.shape[:2], needed + needed // 8 + 8, like.shape[3])
+        bigger[:, :, : stays.shape[2]] = stays
+        self.tensor, self.begin = bigger, begin
 
 
 _TURNED: weakref.WeakKeyDictionary[Any, tuple[Any, TurnedKeys]] = weakref.WeakKeyDictionary()
@@ -157,6 +210,12 @@ def turned_keys_of(layer: Any, owner: Any) -> TurnedKeys:
     if layer not in _TURNED or _TURNED[layer][0]() is not owner:
         _TURNED[layer] = weakref.ref(owner), TurnedKeys()
     return _TURNED[layer][1]
+
+
+def rotated_copies(cache: Any) -> float:
+    """How much is kept rotated beside a cache, in copies of its keys."""
+    kept = sum(_TURNED[layer][1].elements for layer in cache.layers if layer in _TURNED)
+    return kept / sum(layer.keys.numel() for layer in cache.layers)
 
 
 def key_store(layer: Any, cache: Any, length: int, index: int, needed: tuple[int, int] | None) -> KeyStore:
@@ -175,6 +234,40 @@ def key_store(layer: Any, cache: Any, length: int, index: int, needed: tuple[int
             )
         return layer.store
     return KeyStore(offset=int(cache.get_mask_sizes(length, index)[1]))
+
+
+_LEFT: weakref.WeakKeyDictionary[Any, torch.Tensor] = weakref.WeakKeyDictionary()
+"""The keys of every cache layer as the last call under a span method left them."""
+
+
+def remember_keys(layer: Any) -> None:
+    """After attention of a layer: what its cache holds now."""
+    if type(layer) is DynamicLayer and layer.keys is not None:
+        _LEFT[layer] = layer.keys
+
+
+def check_keys(layer: Any) -> None:
+    """Before a call: refuses a cache from which keys were removed other than from its end.
+
+    A span method needs the position of every key, and a cache does not hold them.
+
+    Raises:
+        RopeScalingError: the layer holds fewer keys than the last call left, and not the first of them.
+    """
+    left = _LEFT.pop(layer, None)
+    keys: Any = getattr(layer, "keys", None)
+    if left is None or keys is None or keys is left or keys.ndim != left.ndim or keys.shape[-2] >= left.shape[-2]:
+        return
+    if keys.data_ptr() == left.data_ptr() and keys.stride() == left.stride():
+        return  # cropped: a view of the same memory
+    first = left[..., : keys.shape[-2], :].to(keys.device)
+    if not all(any(torch.equal(row, one) for one in first) for row in keys):
+        raise RopeScalingError(
+            f"Keys were removed from the middle of this cache: a layer holds {keys.shape[-2]} of the "
+            f"{left.shape[-2]} keys of the last call, and not the first ones, so their positions are not known. Span "
+            "methods need them; compress caches of models that are patched with a frequency method, or let "
+            "`sliding_window`, `streaming` or `lm_infinite` forget keys."
+        )
 
 
 def _version(tensor: torch.Tensor) -> int | None:

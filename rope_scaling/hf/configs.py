@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.older_keys import keep_older_keys
@@ -35,6 +37,27 @@ def config_of(slots: list[Slot]) -> Any:
             "`patch(model.decoder, ...)`."
         )
     return next(iter(configs.values()))
+
+
+def own_configs(model: nn.Module) -> None:
+    """Gives a model config objects of its own, so that what is written there reaches no model that was built from the
+    same ones. All references within the model to one config go to one copy."""
+    memo: dict[int, Any] = {}
+    for module in _around(model):
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, memo)
+
+
+def _around(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model and of those that hold it, which save the config that their decoder has."""
+    held = [model]
+    if isinstance(model, PreTrainedModel) and model.base_model is model:
+        # A module does not know what holds it.
+        alive = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_modules" in vars(one)]
+        for inner in held:
+            held += [one for one in alive if any(child is inner for child in one._modules.values())]
+    yield from {id(module): module for outer in held for module in outer.modules()}.values()
 
 
 def config_state(config: Any) -> dict[str, Any]:

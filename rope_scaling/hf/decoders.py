@@ -13,7 +13,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.both_ways import WindowProgram, window_program
 from rope_scaling.hf.extend import closed_form
-from rope_scaling.hf.pretrained import Pretrained, factor_of, layer_configs, windows_of
+from rope_scaling.hf.pretrained import Pretrained, factor_of, host_frequencies, layer_configs, windows_of
 from rope_scaling.hf.probe import look_at
 from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.resolve import Resolved
@@ -59,8 +59,8 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     silent = [index for index, kind in enumerate(types) if kind not in _FULL | _WINDOWED | _CHUNKED]
     windows = windows_of(config)
     chunks = [getattr(one, "attention_chunk_size", None) for one in layer_configs(config)]
-    stated = {size for size in windows + chunks if size}
-    look = look_at(decoder, [slot.inv_freq for slot in slots], stated, silent)
+    inv_freqs = [host_frequencies(slot, slot.config)[0] if slot.inv_freq.is_meta else slot.inv_freq for slot in slots]
+    look = look_at(decoder, inv_freqs, silent)
     if look.noted.both_ways:
         reach = next(iter(patches.values())).pretrained.reach
         return window_program(decoder, wanted.spans, wanted.temperature, reach)
@@ -73,7 +73,7 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     layers = []
     for place, (kind, found) in enumerate(zip(types, look.layouts, strict=True)):
         index, layout = found or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
-        index = _own_slot(slots, index, kind)
+        index = _own_slot(slots, inv_freqs, index, kind)
         scaled = (slots[index].path, slots[index].layer_type) in patches
         # A config without layer types and with a window has it in every layer, or states one that is never used.
         its_window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in look.noted.windows else None
@@ -94,12 +94,12 @@ def _program(decoder: Any, slots: list[Slot], patches: dict[tuple[str, str | Non
     return program
 
 
-def _own_slot(slots: list[Slot], found: int, kind: str | None) -> int:
+def _own_slot(slots: list[Slot], inv_freqs: list[torch.Tensor], found: int, kind: str | None) -> int:
     """The slot of a layer's own kind, where several hold the frequencies that were found."""
     same = [
         index
         for index, slot in enumerate(slots)
-        if slot.layer_type == kind and torch.equal(slot.inv_freq, slots[found].inv_freq)
+        if slot.layer_type == kind and torch.equal(inv_freqs[index], inv_freqs[found])
     ]
     return same[0] if same else found
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.patch import Applied, Patch, applied_patch
-from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, changed_fields, pretrained_settings, read_pretrained
+from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, method_text, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
 from rope_scaling.hf.tables import rope_parameters_of
-from rope_scaling.methods import Method
 
 
 @dataclass(frozen=True)
@@ -115,20 +113,6 @@ def read_description(model: nn.Module) -> Description:
     described = tuple(_describe_patched(slot, change, applied) for slot, change in changes.items() if change)
     untouched = tuple(sorted({slot.layer_type for slot, change in changes.items() if not change and slot.layer_type}))
     return Description(type(model).__name__, described, untouched)
-
-
-def method_text(method: Any) -> str:
-    """A method as one would write it: `yarn(factor=4)`; lists are shortened to their length."""
-    fields = ", ".join(f"{name}={_value_text(value)}" for name, value in changed_fields(method).items())
-    return f"{method.name or type(method).__name__}({fields})"
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, Method):
-        return method_text(value)
-    if isinstance(value, tuple):
-        return f"<{len(value)} numbers>"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescription:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 
@@ -27,3 +28,16 @@ def take_cache(model: Any, arguments: dict[str, Any]) -> Any:
         if other != name and (given := arguments.pop(other, None)) is not None:
             arguments[name] = given if arguments.get(name) is None else arguments[name]
     return arguments.get(name)
+
+
+def caches_of(model: Any, args: tuple[Any, ...], arguments: dict[str, Any], output: Any = None) -> list[Any]:
+    """The caches in a forward call, under whatever names, and in its output; none that is not made of layers."""
+    if args:
+        arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | arguments
+    values = [arguments.get(name) for name in _CACHE_NAMES]
+    if isinstance(output, dict):
+        values += [output.get(name) for name in _CACHE_NAMES]
+    elif isinstance(output, tuple):
+        values += output
+    found = {id(value): value for value in values if isinstance(value, Cache) and hasattr(value, "layers")}
+    return list(found.values())

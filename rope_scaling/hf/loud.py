@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,48 @@ MESSAGE = "rope_scaling: this model's attention was patched; load it with rope_s
 """What stands in the config where Transformers, and every server that reads its configs, looks a name up and fails."""
 
 
+class SavedAsMessage(str):
+    """A name in a live config: the real one for whatever reads it in this process, and `MESSAGE` in a saved file.
+
+    JSON encoders write the characters that a string holds; comparing, hashing and printing go by the real name.
+    """
+
+    real: str
+
+    def __new__(cls, real: str) -> SavedAsMessage:
+        self = super().__new__(cls, MESSAGE)
+        self.real = real
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self.real == (other.real if isinstance(other, SavedAsMessage) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.real)
+
+    def __contains__(self, part: object) -> bool:
+        return part in self.real  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        return self.real
+
+    def __repr__(self) -> str:
+        return repr(self.real)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.real, spec)
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]
+        return (self.real,)
+
+
 def fail_in_plain_transformers(
     slots: list[Slot], parameters: dict[str, Any], max_position_embeddings: int | None
 ) -> dict[str, Any]:
-    """Config attributes that no plain loader accepts, and whose error is `MESSAGE`.
+    """Config attributes that no plain loader accepts when they come from a file, and whose error is `MESSAGE`.
 
     The name of the RoPE type carries the message. Configs that check this name against a list of their own (Phi-3)
     could not be saved with it, and families that compute their angles from no config never read it; there the name of
@@ -30,14 +69,18 @@ def fail_in_plain_transformers(
     Raises:
         RopeScalingError: the config states no activation function either.
     """
-    loud = copy.deepcopy(parameters)
+    live, saved = copy.deepcopy(parameters), copy.deepcopy(parameters)
     for slot in slots:
         # Attention of DeepSeek's kin, up to Transformers 5.23, asks for the factor of every type before its name.
-        loud = slot.with_part(loud, {"factor": 1.0, **slot.part_of(loud), "rope_type": MESSAGE})
-    if slots[0].in_config and _taken(slots[0], loud, max_position_embeddings):
-        return {"rope_parameters": loud}
+        part = {"factor": 1.0, **slot.part_of(parameters)}
+        saved = slot.with_part(saved, {**part, "rope_type": MESSAGE})
+        live = slot.with_part(live, {**part, "rope_type": SavedAsMessage(part.get("rope_type", "default"))})
+    if slots[0].in_config and _taken(slots[0], saved, max_position_embeddings):
+        return {"rope_parameters": live}
     config = slots[0].config
-    activation = {name: MESSAGE for name in ACTIVATION_KEYS if hasattr(config, name)}
+    activation = {
+        name: SavedAsMessage(str(getattr(config, name))) for name in ACTIVATION_KEYS if hasattr(config, name)
+    }
     if not activation:
         raise RopeScalingError(
             f"A patched model of {type(config).__name__} could not be saved so that plain Transformers refuses it: it "
@@ -57,18 +100,22 @@ def _taken(slot: Slot, parameters: dict[str, Any], max_position_embeddings: int 
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """Without Transformers' warning of every RoPE type that it has no check for."""
-    logger = logging.getLogger("transformers.modeling_rope_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without Transformers' warning of every RoPE type that it has no check for; in this thread only."""
+    logger, thread = logging.getLogger("transformers.modeling_rope_utils"), threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(passes)
 
 
 def is_loud(config: Any) -> bool:
-    """Whether plain Transformers would refuse this config."""
-    return MESSAGE in [str(getattr(config, name, "")) for name in ACTIVATION_KEYS] or MESSAGE in str(
-        getattr(config, "rope_parameters", "")
-    )
+    """Whether plain Transformers would refuse this config, read from a file or once it is saved."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
+    names = [getattr(config, name, None) for name in ACTIVATION_KEYS] + [part.get("rope_type") for part in parts]
+    return any(isinstance(name, SavedAsMessage) or name == MESSAGE for name in names)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,22 +16,25 @@ from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.attention import install, installed, remove
 from rope_scaling.hf.both_ways import WindowProgram
-from rope_scaling.hf.configs import config_of, config_state, set_config
+from rope_scaling.hf.configs import config_of, config_state, own_configs, set_config
 from rope_scaling.hf.decoders import make_programs
+from rope_scaling.hf.effect import check_felt, warn_of_windows
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
+from rope_scaling.hf.guard import Guard, guard, unguard
 from rope_scaling.hf.loud import fail_in_plain_transformers
 from rope_scaling.hf.pretrained import (
     RECORD_KEY,
     Pretrained,
     host_frequencies,
+    method_text,
     pretrained_settings,
     read_pretrained,
-    windows_of,
 )
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
 from rope_scaling.hf.resolve import NamedMethod, Resolved, choose_slots, resolve_methods, resolved
-from rope_scaling.hf.rotary import Slot, patched_record, restore, rotary_slots, set_record
+from rope_scaling.hf.rotary import Slot, patched_place, patched_record, restore, rotary_slots, set_record
+from rope_scaling.hf.s2 import has_s2_attention
 from rope_scaling.hf.softmax import scale_softmax
 from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.methods import Method
@@ -198,8 +200,19 @@ def patched_in_attention(model: nn.Module) -> bool:
 
 
 def applied_patch(slots: list[Slot]) -> Applied | None:
-    """The patch in effect on a model's slots, or `None`."""
-    return next((record for slot in slots if (record := patched_record(slot))), None)
+    """The patch in effect on a model's slots, or `None`; by the names that modules have now, whatever wraps them."""
+    record: Applied | None = next((found for slot in slots if (found := patched_record(slot))), None)
+    if record is None:
+        return None
+    patches, programs = {}, {}
+    for slot in slots:
+        if patched_record(slot) is not None:
+            path, decoder = patched_place(slot)
+            if (path, slot.layer_type) in record.patches:
+                patches[slot.path, slot.layer_type] = record.patches[path, slot.layer_type]
+            if decoder in record.programs:
+                programs[slot.decoder] = record.programs[decoder]
+    return replace(record, patches=patches, programs=programs)
 
 
 def _apply(
@@ -234,10 +247,16 @@ def _apply(
             "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
             "Name the method you want, as in `patch(model, 'yarn', factor=4)`; it starts from the pretrained state."
         )
+    if in_attention and any(has_s2_attention(model.get_submodule(slot.decoder)) for slot in slots):
+        raise RopeScalingError(
+            "This model has S2 attention, which cannot be combined with a span method or a temperature: both decide "
+            "what attention computes. Call `remove_s2_attention(model)` first, or patch with a frequency method."
+        )
     programs = make_programs(model, slots, patches, wanted) if in_attention else {}
     target = max(change.target_length for change in patches.values())
+    check_felt(model, slots, set(patches), target)
     if not wanted.spans:
-        _warn_of_windows(config, target)
+        warn_of_windows(config, target)
     after["max_position_embeddings"] = target
     stated = wanted.target_length if in_attention else target
     for name in ACTIVATION_KEYS:
@@ -247,7 +266,7 @@ def _apply(
     outer, outer_config = applied_patch(slots), config_state(config)
     if outer is not None:
         _roll_back(model, slots)
-    applied = Applied(patches, config_state(config), wanted.methods, programs)
+    applied = Applied(patches, config_state(config_of(slots)), wanted.methods, programs)
     try:
         _commit(model, slots, applied, after)
     except Exception:
@@ -284,6 +303,7 @@ def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original
 
 
 def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[str, Any]) -> None:
+    own_configs(model)
     for slot in slots:
         if change := applied.patches.get((slot.path, slot.layer_type)):
             slot.set(change.extension.inv_freq, change.extension.attention_factor, change.target_length)
@@ -300,6 +320,12 @@ def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[
             raise RopeScalingError(
                 f"The patch did not take effect on the attention of `{path or type(model).__name__}`."
             )
+    text = " + ".join(map(method_text, applied.methods))
+    for path in {slot.decoder for slot in slots}:
+        own = [slot for slot in slots if slot.decoder == path and (slot.path, slot.layer_type) in applied.patches]
+        if own:
+            patches = [applied.patches[slot.path, slot.layer_type] for slot in own]
+            guard(model.get_submodule(path), Guard(model, path, own, patches, applied.programs.get(path), text))
 
 
 def _verify(slot: Slot, change: Patch) -> None:
@@ -331,17 +357,6 @@ def _check_as_configured(slot: Slot, pretrained: Pretrained) -> None:
         )
 
 
-def _warn_of_windows(config: Any, length: int) -> None:
-    window = max((window or length for window in windows_of(config)), default=length)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window < length and kinds == {"sliding_attention"}:
-        warnings.warn(
-            f"Every layer of this model attends to the last {window} tokens only (`sliding_window`), so no layer sees "
-            f"{length} tokens at once, whatever its frequencies.",
-            stacklevel=4,
-        )
-
-
 def _recorded(slots: list[Slot], otherwise: str | None = None) -> dict[str, Any]:
     record = getattr(config_of(slots), RECORD_KEY, None)
     if record is None:
@@ -354,10 +369,12 @@ def _recorded(slots: list[Slot], otherwise: str | None = None) -> dict[str, Any]
 
 def _roll_back(model: nn.Module, slots: list[Slot]) -> None:
     applied = applied_patch(slots)
+    own_configs(model)
+    for path in {slot.decoder for slot in slots}:
+        unguard(model.get_submodule(path))
+        remove(model.get_submodule(path))
     for module in {id(slot.module): slot.module for slot in slots}.values():
         restore(module)
-    for path in {slot.decoder for slot in slots}:
-        remove(model.get_submodule(path))
     if applied is not None:
         set_config(model, slots, applied.config_before, whole=True)
         for slot in slots:

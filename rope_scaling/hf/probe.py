@@ -8,26 +8,35 @@ zeros, so that every layer sees the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+import inspect
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+from torch import nn
 
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
+from rope_scaling.hf.pretrained import host_frequencies
+from rope_scaling.hf.rotary import rotary_slots
 
 
 _POSITIONS = (1, 5, 11)
+_Seen = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Probe:
     """Stands in for a call: attention hands it what it gets, and goes on with zeros."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.seen: dict[int, _Seen] = {}
 
     def attend(
         self, layer: int | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
@@ -49,44 +58,29 @@ class Look:
     noted: Noted
 
 
-def look_at(decoder: Any, inv_freqs: list[torch.Tensor], windows: set[int], silent: Collection[int] = ()) -> Look:
+def look_at(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int] = ()) -> Look:
     """Runs a decoder on a few vectors, with attention that returns zeros.
 
     Args:
-        decoder (`nn.Module`): The module that holds the rotary module and the layers.
+        decoder (`nn.Module`): The module that holds the rotary module and the layers. Where weights are missing (meta
+            tensors, offloaded layers), a copy with arbitrary weights runs in its place: the rotary layout depends on
+            code and config alone.
         inv_freqs (list of `torch.Tensor`): Frequencies that its rotary modules hold, `[R / 2]` each.
-        windows (set of `int`): Windows and chunks that its config states.
         silent (collection of `int`): Layers that may have no attention, such as recurrent ones.
 
     Raises:
         RopeScalingError: attention does not go through Transformers' interface, or turns in a way not known here.
     """
-    first = next(decoder.parameters(), None)
     count = decoder.config.num_hidden_layers
-    if first is None or first.is_meta:
-        # A skeleton cannot run; it is only described.
-        return Look(
-            [(0, RotaryLayout(2 * len(inv_freqs[0])))] * count, set(range(count)) - set(silent), Noted(windows)
-        )
-    before = decoder.config._attn_implementation
-    training = [module for module in decoder.modules() if module.training]
-    decoder.eval()
-    noted = Noted()
-    noting = NOTED.set(noted)
-    try:
-        decoder.set_attn_implementation(NAME)
-        still, moved = (_run(decoder, positions, first) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
-    finally:
-        NOTED.reset(noting)
-        decoder.set_attn_implementation(before)
-        for module in training:
-            module.training = True
+    runnable = with_weights(decoder)
+    still, moved, noted = _observe(runnable)
     if missing := [index for index in range(count) if index not in still and index not in silent]:
         raise RopeScalingError(
             f"The attention of {len(missing)} of the {count} layers of {type(decoder).__name__} (the first: layer "
             f"{missing[0]}) does not go through Transformers' attention interface, so spans cannot reach it."
         )
-    tolerance = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2}.get(first.dtype, 5e-2)
+    dtype = next(runnable.parameters()).dtype
+    tolerance = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2}.get(dtype, 5e-2)
     layouts = [
         _layout(index, still[index], moved[index], inv_freqs, tolerance)
         if index in still and index not in silent
@@ -96,29 +90,154 @@ def look_at(decoder: Any, inv_freqs: list[torch.Tensor], windows: set[int], sile
     return Look(layouts, set(still), noted)
 
 
-@torch.no_grad()
-def _run(decoder: Any, positions: tuple[int, ...], like: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
+    """Which layers rotate queries and keys, and the windows that the decoder asks masks for.
+
+    Where attention does not go through Transformers' interface, all layers count as rotating if any does.
+
+    Args:
+        decoder (`nn.Module`): As for `look_at`.
+
+    Returns:
+        One flag a layer and the windows in tokens; `None` if the decoder cannot be run on a few vectors.
+    """
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return None
+    runnable = with_weights(decoder)
+    count = decoder.config.num_hidden_layers
+    if hasattr(next(runnable.parameters()), "device_mesh"):  # sharded: running it takes all processes
+        return None
+    with suppress(RopeScalingError):
+        still, moved, noted = _observe(runnable)
+        if len(still) == count:
+            pairs = [(moved[index], still[index]) for index in range(count)]
+            return [not all(map(torch.equal, one, other)) for one, other in pairs], noted.windows
+    try:
+        with _evaluating(runnable):
+            still_out, moved_out = (_hidden(runnable, positions) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
+    except Exception:  # code of any family
+        return None
+    return [not torch.equal(still_out, moved_out)] * count, set()
+
+
+def with_weights(decoder: Any) -> Any:
+    """The decoder itself, or where weights are on the meta device a copy of it on the CPU with arbitrary ones."""
+    if not any(parameter.is_meta for parameter in decoder.parameters()):
+        return decoder
+    memo: dict[int, Any] = {}
+    for tensor in (*decoder.parameters(), *decoder.buffers()):
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    # Accelerate's hooks hold the offloaded weights.
+    memo |= {id(hook): None for module in decoder.modules() if (hook := vars(module).get("_hf_hook")) is not None}
+    copied = copy.deepcopy(decoder, memo)
+    for module in copied.modules():
+        vars(module).pop("_hf_hook", None)
+        if "_old_forward" in vars(module):
+            module.forward = vars(module).pop("_old_forward")
+    copied._forward_pre_hooks.clear()
+    copied._forward_hooks.clear()
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    sizes = [_strides(tensor)[1] for tensor in (*copied.parameters(), *copied.buffers())]
+    noise = noise.repeat(-(-max(sizes) // len(noise)))
+    for module in copied.modules():
+        _fill(module, noise)
+    for slot in rotary_slots(copied):
+        slot.set(*host_frequencies(slot, slot.config), max(_POSITIONS) + 1)
+    return copied
+
+
+def _fill(module: nn.Module, noise: torch.Tensor) -> None:
+    """Gives a module on the meta device weights that take no memory: overlapping views of the same noise."""
+    held: list[dict[str, Any]] = [module._parameters, module._buffers]
+    for tensors in held:
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.is_floating_point():
+                filled = noise.as_strided(tensor.shape, _strides(tensor)[0])
+            else:
+                filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            tensors[name] = nn.Parameter(filled, requires_grad=False) if tensors is module._parameters else filled
+    if isinstance(module, nn.Linear):
+        module.forward = partial(_mix, noise, module.out_features)  # type: ignore[method-assign]
+
+
+def _strides(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    """Strides at which a tensor of that shape takes little of a shared storage, and the size that it takes: large
+    matrices begin each row one number later, and stacks of matrices (experts) share one."""
+    shape = tuple(tensor.shape)
+    if len(shape) == 2 and tensor.numel() > 1 << 24:
+        return (1, 1), sum(shape)
+    strides = tuple(math.prod(shape[at + 1 :]) if at >= len(shape) - 2 else 0 for at in range(len(shape)))
+    return strides, math.prod(shape[-2:])
+
+
+def _mix(noise: torch.Tensor, width: int, vectors: torch.Tensor) -> torch.Tensor:
+    """In the place of a matrix product, at the price of its result."""
+    return vectors[..., torch.arange(width) % vectors.shape[-1]] * noise[torch.arange(width) % len(noise)]
+
+
+@contextmanager
+def _evaluating(decoder: Any) -> Iterator[None]:
+    """The decoder in evaluation mode, without gradients."""
+    training = [module for module in decoder.modules() if module.training]
+    decoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _observe(decoder: Any) -> tuple[dict[int, _Seen], dict[int, _Seen], Noted]:
+    """Queries and keys of every layer, with all tokens at position 0 and at other positions; and what was noted."""
+    before = decoder.config._attn_implementation
+    noted = Noted()
+    noting = NOTED.set(noted)
+    try:
+        with _evaluating(decoder):
+            decoder.set_attn_implementation(NAME)
+            still, moved = (_run(decoder, positions) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
+    finally:
+        NOTED.reset(noting)
+        decoder.set_attn_implementation(before)
+    return still, moved, noted
+
+
+def _hidden(decoder: Any, positions: tuple[int, ...]) -> torch.Tensor:
+    """Hidden states of the last layer under the attention that the decoder has."""
+    return decoder(**_inputs(decoder, positions)[1])[0]
+
+
+def _inputs(decoder: Any, positions: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Arguments for a call on a few vectors, and on a few tokens; some models take only one of the two."""
+    like = next(decoder.parameters())
+    width, vocabulary = decoder.config.hidden_size, getattr(decoder.config, "vocab_size", 0)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1, len(positions), width, generator=generator).to(like.device, like.dtype)
+    tokens = torch.randint(max(vocabulary, 1), (1, len(positions)), generator=generator).to(like.device)
+    shared = {
+        "position_ids": torch.tensor([positions], device=like.device),
+        "attention_mask": torch.ones(1, len(positions), dtype=torch.long, device=like.device),
+        "use_cache": False,
+    }
+    return [{"inputs_embeds": vectors, **shared}, {"input_ids": tokens, **shared}]
+
+
+def _run(decoder: Any, positions: tuple[int, ...]) -> dict[int, _Seen]:
     probe = _Probe()
 
     def pass_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, CALL: probe}
 
-    width, vocabulary = decoder.config.hidden_size, getattr(decoder.config, "vocab_size", 0)
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(1, len(positions), width, generator=generator).to(like.device, like.dtype)
-    tokens = torch.randint(max(vocabulary, 1), (1, len(positions)), generator=generator).to(like.device)
     reasons = []
     handle = decoder.register_forward_pre_hook(pass_on, with_kwargs=True)
     try:
-        # Some models look tokens up more than once and take no vectors.
-        for inputs in ({"inputs_embeds": vectors}, {"input_ids": tokens}):
+        for inputs in _inputs(decoder, positions):
             try:
-                decoder(
-                    **inputs,
-                    position_ids=torch.tensor([positions], device=like.device),
-                    attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=like.device),
-                    use_cache=False,
-                )
+                decoder(**inputs)
                 return probe.seen
             except UnheardError as error:
                 raise RopeScalingError(
@@ -138,8 +257,8 @@ def _run(decoder: Any, positions: tuple[int, ...], like: torch.Tensor) -> dict[i
 
 def _layout(
     layer: int,
-    still: tuple[torch.Tensor, torch.Tensor],
-    moved: tuple[torch.Tensor, torch.Tensor],
+    still: _Seen,
+    moved: _Seen,
     inv_freqs: list[torch.Tensor],
     tolerance: float,
 ) -> tuple[int, RotaryLayout] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -59,7 +59,7 @@ class SpanProgram:
         self.methods, self.temperature, self.layers = methods, temperature, layers
         self.silent = {index for index, layer in enumerate(layers) if not layer.attends}
         self.reach = self._reach()
-        self._warned = False
+        self._warned: set[str] = set()
         self._work_out()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +98,7 @@ class SpanProgram:
                 retained = method.layer_retained(known, index) or retained
         if rope is None:
             spans = [Span(span.first, span.last) for span in spans]
+        spans = [replace(span, after=None) if _revives(span) else span for span in spans]
         if layer.sliding_window:
             spans = compose(spans, [within(layer.sliding_window)])
         if layer.chunk:
@@ -114,17 +115,37 @@ class SpanProgram:
 
     def warn_beyond_reach(self, longest: int) -> None:
         """Says once that a text is longer than the methods were made for."""
-        if self.reach is not None and longest > self.reach and not self._warned:
-            self._warned = True
+        if self.reach is not None and longest > self.reach and "reach" not in self._warned:
+            self._warned.add("reach")
             names = ", ".join(method.name or type(method).__name__ for method in self.methods)
             warnings.warn(
                 f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
                 f"{self.reach} tokens: the model meets distances it was not trained on.",
-                stacklevel=_level_of_the_caller(),
+                stacklevel=level_of_the_caller(),
+            )
+
+    def warn_of_dropout(self, dropout: float) -> None:
+        """Says once that attention dropout takes the slow path."""
+        if "dropout" not in self._warned:
+            self._warned.add("dropout")
+            warnings.warn(
+                f"Attention dropout ({dropout:g}) does not go through a fused kernel under a span method or a "
+                "temperature: attention is computed in blocks, several times slower. Set `attention_dropout` in the "
+                "model's config to 0 to train at full speed.",
+                stacklevel=level_of_the_caller(),
             )
 
 
-def _level_of_the_caller() -> int:
+def _revives(span: Span) -> bool:
+    """Whether a span has an amplitude in a pair where the one it follows has 0: nothing can be made from that."""
+    before = None if span.after is None else span.after.amplitude
+    if before is None:
+        return False
+    now = torch.ones_like(before) if span.amplitude is None else span.amplitude
+    return bool(((before == 0) & (now != 0)).any())
+
+
+def level_of_the_caller() -> int:
     """`stacklevel` of the first line outside this library and those that it runs in: the user's call."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:

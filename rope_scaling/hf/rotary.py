@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.overlay import Overlay, lay_over, take_off
 
 
 _STATE = "_rope_scaling"
@@ -96,6 +97,12 @@ class Slot:
         same = found.dtype == torch.float32 and torch.equal(found, inv_freq)
         return same and self.attention_factor == attention_factor
 
+    def in_use(self) -> tuple[Any, ...]:
+        """What holds the frequencies, for telling by identity whether anything was put in its place since."""
+        buffers = [self.module._buffers.get(name) for name in self.buffer_names]
+        versions = [None if one is None or one.is_inference() else one._version for one in buffers]
+        return *buffers, *versions, getattr(self.module, self._attention_name, None), self.module.rope_type
+
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
         """Gives an unpatched module frequencies as Transformers would when it builds it from `rope_parameters`."""
         for name in self.buffer_names:
@@ -115,6 +122,8 @@ class _State:
     saved_attributes: dict[str, Any] = field(default_factory=dict)
     record: Any = None
     """What `patch` wants to remember of the whole patch."""
+    place: tuple[str, str] = ("", "")
+    """Names of the module and of its decoder in the model that was patched; wrappers that come later change them."""
 
 
 def rotary_slots(model: nn.Module) -> list[Slot]:
@@ -132,8 +141,9 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
 
     slots = table_slots(model)
     for path, module in model.named_modules():
-        name = type(module).__name__
-        if "RotaryEmbedding" in name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
+        # Other libraries put subclasses with names of their own in the place of a module's class.
+        name = next((cls.__name__ for cls in type(module).__mro__ if "RotaryEmbedding" in cls.__name__), "")
+        if name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
             layer_types = sorted(module.rope_type) if isinstance(module.rope_type, dict) else [None]
             slots += [Slot(path, module, layer_type, decoder_around(model, path)) for layer_type in layer_types]
     if not slots:
@@ -178,7 +188,18 @@ def remember(module: Any, *names: str) -> None:
 
 def set_record(slot: Slot, record: Any) -> None:
     """Leaves `record` in a patched module, for `patched_record` to find."""
-    _state(slot.module).record = record
+    state = _state(slot.module)
+    state.record, state.place = record, (slot.path, slot.decoder)
+
+
+def patched_place(slot: Slot) -> tuple[str, str]:
+    """Names that a patched slot's module and decoder had in the model when it was patched."""
+    return slot.module.__dict__[_STATE].place
+
+
+def is_pinned(module: nn.Module) -> bool:
+    """Whether a module is a patched one."""
+    return isinstance(module, _Pinned) and _STATE in module.__dict__
 
 
 def restore(module: Any) -> None:
@@ -186,7 +207,7 @@ def restore(module: Any) -> None:
     state = module.__dict__.pop(_STATE, None)
     if state is None:
         return
-    module.__class__ = type(module).__mro__[2]
+    take_off(module, _Pinned)
     for name, value in state.saved_buffers.items():
         module._buffers[name] = value.to(module._buffers[name].device)
     for name, value in state.saved_attributes.items():
@@ -194,7 +215,7 @@ def restore(module: Any) -> None:
         setattr(module, name, nn.Parameter(value.to(getattr(module, name).device), False) if moved else value)
 
 
-class _Pinned:
+class _Pinned(Overlay):
     """Keeps a rotary module's patched frequencies in float32 whatever is done to the model around it."""
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -211,30 +232,11 @@ class _Pinned:
         factor = getattr(self, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling")
         return pinned[name].to(device), factor
 
-    def __reduce_ex__(self, protocol):  # type: ignore[no-untyped-def]
-        # The subclass is made at run time and has no name to be found by; its base has.
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _pinned_class(base)
-    return cls.__new__(cls)
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _pinned_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _CLASSES:
-        namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _CLASSES[base] = type(base.__name__, (_Pinned, base), namespace)
-    return _CLASSES[base]
-
 
 def _state(module: nn.Module) -> _State:
     if _STATE not in module.__dict__:
         module.__dict__[_STATE] = _State()
-        module.__class__ = _pinned_class(type(module))
+        lay_over(module, _Pinned)
     return module.__dict__[_STATE]
 
 

@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import NAME as SPAN_ATTENTION
+from rope_scaling.hf.configs import own_configs
 from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.training.s2 import s2_attention
 
@@ -47,8 +48,10 @@ def use_s2_attention(model: nn.Module, group_size: int) -> nn.Module:
             "S2 attention cannot be combined with a span method or a temperature: both decide what attention "
             "computes. Patch with a frequency method for this training."
         )
-    if not hasattr(decoder, _STOCK):
+    own_configs(model)
+    if not has_s2_attention(decoder):
         setattr(decoder, _STOCK, decoder.config._attn_implementation)
+        decoder.register_forward_pre_hook(_check)
         decoder.set_attn_implementation(NAME)
     for layer in _layers(decoder):
         setattr(layer, _GROUP, group_size)
@@ -62,13 +65,32 @@ def remove_s2_attention(model: nn.Module) -> nn.Module:
         RopeScalingError: the model does not have S2 attention.
     """
     decoder = _decoder(model)
-    if not hasattr(decoder, _STOCK):
+    if not has_s2_attention(decoder):
         raise RopeScalingError("This model has no S2 attention: there is nothing to take back.")
-    decoder.set_attn_implementation(getattr(decoder, _STOCK))
+    own_configs(model)
+    if decoder.config._attn_implementation == NAME:  # or it was set since
+        decoder.set_attn_implementation(getattr(decoder, _STOCK))
     delattr(decoder, _STOCK)
+    for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _check]:
+        del decoder._forward_pre_hooks[key]
     for layer in _layers(decoder):
         delattr(layer, _GROUP)
     return model
+
+
+def has_s2_attention(decoder: nn.Module) -> bool:
+    """Whether `use_s2_attention` is in effect on a decoder."""
+    return hasattr(decoder, _STOCK)
+
+
+def _check(decoder: Any, args: Any) -> None:
+    now = decoder.config._attn_implementation
+    if decoder.training and now != NAME:
+        raise RopeScalingError(
+            f"The attention implementation of {type(decoder).__name__} was set to {now!r} after `use_s2_attention`, "
+            "which turns S2 attention off. Call `remove_s2_attention(model)` first, and `use_s2_attention` again "
+            "after the change if you want both."
+        )
 
 
 def _decoder(model: nn.Module) -> Any:

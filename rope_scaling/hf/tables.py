@@ -32,12 +32,12 @@ class TableSlot(Slot):
     """
 
     owner: Any = field(default=None, compare=False)
-    """The config that the table was built from."""
+    """The decoder, whose config the table was built from."""
 
     @property
     def config(self) -> Any:
         """As of every slot."""
-        return self.owner
+        return self.owner.config
 
     @property
     def in_config(self) -> bool:
@@ -75,6 +75,11 @@ class TableSlot(Slot):
         if self.in_config:
             self._write(inv_freq, attention_factor, self.config.max_position_embeddings)
 
+    def in_use(self) -> tuple[Any, ...]:
+        """As of every slot."""
+        table = getattr(self.module, self._name)
+        return table, None if table.is_inference() else table._version
+
     def holds(self, inv_freq: torch.Tensor, attention_factor: float) -> bool:
         """As of every slot."""
         return torch.equal(self.table, _table(inv_freq, attention_factor, len(self.table)).to(self.table))
@@ -92,7 +97,7 @@ class TableSlot(Slot):
 
     @property
     def _name(self) -> str:
-        return _TABLES[type(self.module).__name__]
+        return str(_table_name(self.module))
 
     def _write(self, inv_freq: torch.Tensor, attention_factor: float, rows: int) -> None:
         table = _table(inv_freq, attention_factor, rows).to(self.table)
@@ -107,10 +112,10 @@ def table_slots(model: nn.Module) -> list[Slot]:
     """The tables of a model: one for a decoder or encoder, or one for each of its layers."""
     found: list[Slot] = []
     for path, module in model.named_modules():
-        name = _TABLES.get(type(module).__name__)
+        name = _table_name(module)
         if name is not None and hasattr(module, name):
             outer = decoder_around(model, path)
-            found.append(TableSlot(path, module, None, outer, model.get_submodule(outer).config))
+            found.append(TableSlot(path, module, None, outer, model.get_submodule(outer)))
     return found
 
 
@@ -130,6 +135,10 @@ def lengthen_tables(model: nn.Module, length: int) -> bool:
         if len(slot.table) < length:
             slot.lengthen(length)
     return bool(slots)
+
+
+def _table_name(module: nn.Module) -> str | None:
+    return next((_TABLES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TABLES), None)
 
 
 def rope_parameters_of(config: Any) -> Any:

@@ -175,3 +175,23 @@ def test_generation_through_an_adapter(base, tmp_path):
     ids = token_ids(100)
     one, other = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, loaded))
     assert torch.equal(one, other)
+
+
+def saved_record(folder):
+    return json.loads((folder / "adapter_config.json").read_text()).get("rope_scaling_patch")
+
+
+def test_the_record_is_that_of_the_patch_when_it_is_saved(base, tmp_path):
+    model = trained_adapter(base)
+    rope_scaling.patch(model, "yarn", factor=8)
+    model.add_adapter("later", LoraConfig(**LORA))
+    model.save_pretrained(tmp_path / "eight", True, ["default"])
+    model.save_pretrained(tmp_path / "both")
+    for folder in (tmp_path / "eight", tmp_path / "both", tmp_path / "both" / "later"):
+        assert saved_record(folder)["methods"][0]["factor"] == 8
+    assert not (tmp_path / "eight" / "later").exists()
+    wanted = logits(model)
+    assert torch.allclose(logits(rope_scaling.load_adapter(tmp_path / "both")), wanted, atol=1e-5)
+    rope_scaling.unpatch(model).save_pretrained(tmp_path / "plain")
+    assert saved_record(tmp_path / "plain") is None
+    model.save_pretrained(tmp_path / "other", is_main_process=False)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_model, rotary
+from conftest import logits, make_model, rotary
 
 import rope_scaling
+from rope_scaling.hf.describe import read_description
 
 
 def described(model, capsys, **arguments):
@@ -89,3 +90,54 @@ def test_spans_and_their_reach(llama, capsys):
     assert "self_extend(group_size=4) + log_n()" in text and "reaches 160 tokens" in text
     assert "plain Transformers refuses it; rope_scaling.from_pretrained loads it" in text
     assert "any length" in described(rope_scaling.patch(llama, "rerope"), capsys)
+
+
+def wrapped_by_peft(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
+def merged(model):
+    return wrapped_by_peft(model).merge_and_unload()
+
+
+def with_an_adapter(model):
+    from peft import LoraConfig
+
+    try:
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    except ValueError as error:
+        pytest.skip(str(error))  # Transformers asks for a newer PEFT
+    return model
+
+
+WRAPPERS = {
+    "peft": wrapped_by_peft,
+    "merged": merged,
+    "adapter": with_an_adapter,
+    "compiled": torch.compile,
+    "sequential": torch.nn.Sequential,
+    "twice": lambda model: torch.nn.Sequential(torch.compile(wrapped_by_peft(model))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize(("method", "arguments"), [("yarn", {"factor": 4}), ("rerope", {})])
+def test_however_the_model_is_wrapped(wrap, method, arguments):
+    """Wrapped after the patch or before it, and the patch taken back through the wrapper or from inside."""
+    before = make_model("llama")
+    plain = logits(before)
+    after = rope_scaling.patch(WRAPPERS[wrap](make_model("llama")), method, **arguments)
+    rope_scaling.patch(before, method, **arguments)
+    inner = before
+    before = WRAPPERS[wrap](before)
+    for model in (before, after):
+        (slot,) = read_description(model).slots
+        assert slot.method.startswith(method) and slot.target_length >= 64
+        assert ("reaches" in slot.arithmetic or "any length" in slot.arithmetic) == (method == "rerope")
+    rope_scaling.patch(before, "yarn", factor=2)
+    assert read_description(before).slots[0].method == "yarn(factor=2)"
+    rope_scaling.unpatch(before)
+    if wrap in ("compiled", "sequential"):
+        assert torch.equal(logits(inner), plain)

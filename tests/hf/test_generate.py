@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 import rope_scaling
 from cases import METHOD_CASES
 from rope_scaling import RopeScalingError, SlidingWindow
+from rope_scaling.hf.cache import rotated_copies
 from rope_scaling.hf.host import CACHE_NAME
 from span_cases import SPAN_CASES
 
@@ -194,6 +195,23 @@ def test_windows_keep_a_cache_of_constant_size():
     assert max(sizes) <= 4 + 28 + 64 + 14 and cache.get_seq_length() == 400
     with pytest.raises(RopeScalingError, match="300 cannot be taken back"):
         cache.crop(-300)
+
+
+@pytest.mark.parametrize("case", SPAN_CASES)
+def test_rotated_keys_take_at_most_one_copy_of_the_cache(case):
+    """Of every span only the keys that the next query sees there are kept: together they are the keys of the cache."""
+    model = apply(strong("llama"), case)
+    ids = token_ids(1200)
+    cache, most = DynamicCache(config=model.config), 0.0
+    with torch.no_grad():
+        model(ids[:, :900], **{CACHE_NAME: cache})
+        for at in range(900, 1200, 5):
+            model(ids[:, at : at + 5], **{CACHE_NAME: cache})
+            most = max(most, rotated_copies(cache))
+    assert most <= 1.25
+    with torch.no_grad():
+        found = model(ids[:, -1:], **{CACHE_NAME: cache}).logits
+    assert torch.allclose(found, logits(model, torch.cat([ids, ids[:, -1:]], 1))[:, -1:], atol=1e-4)
 
 
 def test_turned_keys_are_turned_once(monkeypatch):

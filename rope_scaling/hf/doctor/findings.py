@@ -39,7 +39,7 @@ CODES = {
     "RS402": (ERROR, "frequencies were never filled in"),
     "RS403": (WARNING, "rounded frequencies"),
     "RS404": (ERROR, "attention without its mask"),
-    "RS405": (ERROR, "the patch of the attention is gone"),
+    "RS405": (ERROR, "the patch is no longer in effect"),
     "RS406": (NOTE, "attention that keeps every score"),
 }
 """What a finding may be: how grave, and its title. `warning` and `error` make the command exit with status 1."""

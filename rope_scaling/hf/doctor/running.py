@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import installed
 from rope_scaling.hf.doctor.findings import Finding, found
+from rope_scaling.hf.guard import guard_of
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import host_frequencies
 from rope_scaling.hf.rotary import Slot, patched_record
@@ -26,12 +26,18 @@ def check_running(model: Any, slots: list[Slot]) -> Iterator[Finding]:
     for slot in slots:
         if not slot.inv_freq.is_meta:
             yield from _frequencies(slot)
-    for path, program in (applied.programs if applied else {}).items():
-        if installed(model.get_submodule(path)) is not program:
+    patched = {slot.decoder for slot in slots if patched_record(slot) is not None}
+    for path in sorted({slot.decoder for slot in slots}):
+        decoder = model.get_submodule(path)
+        guard = guard_of(decoder)
+        problems = list(guard.problems(decoder, deep=True)) if guard is not None else []
+        if guard is None and path in patched:
+            problems = [f"The forward hooks of `{path or type(model).__name__}` were removed after the patch."]
+        for problem in problems:
             yield found(
                 "RS405",
-                f"The patch of the attention of `{path or type(model).__name__}` was taken off by other code.",
-                "Load the model again with `rope_scaling.from_pretrained`, or patch it again.",
+                problem,
+                "Patch the model again (`rope_scaling.patch(model, ...)`) after the change, or `unpatch` it before.",
             )
     yield from _attention(slots[0].config, bool(applied and applied.programs))
 
