@@ -13,6 +13,7 @@ from rope_scaling.eval.documents import Document
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.report import length_name
 from rope_scaling.eval.rows import position_buckets
+from rope_scaling.training import PoseCollator
 
 
 class PositionLosses(TrainerCallback):
@@ -47,6 +48,18 @@ class PositionLosses(TrainerCallback):
                 name = f"({length_name(start, self.trained)},{length_name(end, self.trained)}]"
                 logs[f"eval_nll_{name}"] = float(np.concatenate(parts).mean())
         self.trainer.log(logs)
+
+
+class Epochs(TrainerCallback):
+    """Tells a collator which epoch begins."""
+
+    def __init__(self, collator: PoseCollator):
+        self.collator = collator
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.collator.set_epoch(int(state.epoch or 0))
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -63,7 +63,11 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
 
 
 def _distances(collator: Any, dataset: Any, target: int) -> str:
-    few = [collator([dataset[i % len(dataset)]]) for i in range(64)]
+    few = []
+    for i in range(64):
+        epoch, index = divmod(i, len(dataset))
+        collator.set_epoch(epoch)
+        few.append(collator([dataset[index]]))
     shares = distance_coverage(few, target)
     return "pairs by distance, in eighths of the target: " + " ".join(f"{share:.1%}" for share in shares)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 from transformers import DataCollatorForSeq2Seq
 
+from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import Documents, make_documents
 from rope_scaling.recipes.config import Recipe
 from rope_scaling.texts import read_texts
@@ -27,13 +29,25 @@ def training_data(recipe: Recipe, tokenizer: Any) -> Any:
         short = make_sequences(texts, tokenizer, data.short_length, **cut)
         means = (length, data.short_length) if data.streaming else None
         sequences = mix(sequences, short, data.short_share, recipe.training.get("seed", 42), means)
-    if data.layout != "packed":
-        return sequences
     import datasets
 
+    packed = data.layout == "packed"
     if data.streaming:
-        return datasets.IterableDataset.from_generator(_pack, gen_kwargs={"rows": sequences, "length": length})
-    return datasets.Dataset.from_list(list(_pack(sequences, length)))
+        arguments = {"rows": sequences, "length": length if packed else None, "numbered": data.layout == "pose"}
+        return datasets.IterableDataset.from_generator(_passes, gen_kwargs=arguments)
+    return datasets.Dataset.from_list(list(_pack(sequences, length))) if packed else sequences
+
+
+def _passes(rows: Any, length: int | None, numbered: bool) -> Iterator[dict[str, Any]]:
+    """A stream over and over. The Trainer resumes a stream by skipping batches of its first epoch, so that one has to
+    last for the whole run."""
+    for epoch in count():
+        found = False
+        for row in rows if length is None else _pack(rows, length):
+            found = True
+            yield {**row, "epoch": epoch} if numbered else row
+        if not found:
+            raise RopeScalingError("No document of the stream is long enough for training. Give longer texts.")
 
 
 def _pack(rows: Any, length: int) -> Iterator[dict[str, list[int]]]:

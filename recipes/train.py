@@ -39,7 +39,7 @@ from rope_scaling.hf.loading import (
 from rope_scaling.hf.patch import patch, patch_record, patched_in_attention
 from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 from rope_scaling.recipes import card
-from rope_scaling.recipes.callbacks import PositionLosses, StopOnInterrupt, memory_gb
+from rope_scaling.recipes.callbacks import Epochs, PositionLosses, StopOnInterrupt, memory_gb
 from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts
 from rope_scaling.recipes.config import Recipe, read_recipe
 from rope_scaling.recipes.measure import Measured
@@ -92,14 +92,14 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
     check_sharded(recipe, trainer.is_fsdp_enabled)
     trainer.add_callback(WholeCheckpoints(trainer, facts))
+    if isinstance(collator, PoseCollator):
+        trainer.add_callback(Epochs(collator))
     if every := recipe.evaluation.every:
         few, size = documents.items[:2], recipe.evaluation.chunk_size
         trainer.add_callback(PositionLosses(trainer, few, lengths, trained, every, size))
 
     # Training.
     checkpoint = last_checkpoint(output_dir, facts) if resume else None
-    if checkpoint is not None and isinstance(collator, PoseCollator) and not recipe.data.streaming:
-        collator.num_batches = int(checkpoint.name.rpartition("-")[2]) * arguments.gradient_accumulation_steps
     minutes = train(trainer, checkpoint)
 
     # The result, measured as its users will load it.
@@ -172,7 +172,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         "save_total_limit": 2,
         "include_num_input_tokens_seen": "all",
         "use_cpu": not torch.accelerator.is_available(),
-        "remove_unused_columns": True,
+        "remove_unused_columns": False,  # there are none
         "disable_tqdm": not sys.stderr.isatty(),
     }
     # Its name changed in 5.2x.

@@ -69,7 +69,8 @@ def make_sequences(
         if not callable(texts):
             raise RopeScalingError("A stream begins anew every epoch: give `texts` as a function that returns them.")
         arguments = {"texts": texts, "tokenizer": tokenizer, "length": length, "least": least}
-        return datasets.IterableDataset.from_generator(_stream, gen_kwargs=arguments)
+        stream = datasets.IterableDataset.from_generator(_stream, gen_kwargs=arguments)
+        return stream if max_sequences is None else stream.take(max_sequences)
     seen = _Seen()
     rows = []
     for row in _sequences(texts() if callable(texts) else texts, tokenizer, length, least, seen):

@@ -9,7 +9,7 @@ attends over its trained length only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -57,7 +57,11 @@ def pose_positions(
 
 @dataclass
 class PoseCollator:
-    """Batches sequences for PoSE: fresh skips in every batch, so no epoch repeats another's.
+    """Batches sequences for PoSE: fresh skips in every epoch, the same however batches are made.
+
+    The skips of a sequence follow from `seed`, the epoch and its tokens, so they do not depend on batch size, on loader
+    workers, on the number of processes, or on where a run was resumed. Call `set_epoch` as each epoch begins, as for
+    `torch.utils.data.DistributedSampler`; without it, every epoch repeats the first one's skips.
 
     The batch carries an `attention_mask` of ones. Without one, Transformers takes a jump in `position_ids` for the
     start of a packed document, and chunks would not see each other.
@@ -73,15 +77,20 @@ class PoseCollator:
     """Tokens of a training sequence. From longer ones chunks are taken that lie apart in the text too, as in the
     paper. `None` takes sequences as they come."""
     seed: int = 0
-    num_batches: int = 0
-    """Batches made so far. Skips follow from it, the seed and the text, so a resumed run sets it and goes on alike."""
+    _epoch: torch.Tensor = field(
+        # In shared memory, so that workers that outlive an epoch see the next one's number.
+        default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_(),
+        init=False,
+        repr=False,
+        compare=False,
+    )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which pass over the data begins, for sequences that do not carry an `epoch` of their own."""
+        self._epoch.fill_(epoch)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """From `input_ids` (and `labels`) of several sequences to one batch, `[B, T]` each."""
-        first = torch.as_tensor(features[0]["input_ids"])
-        text = sha256(f"{self.seed} {self.num_batches} {first.tolist()}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(text[:8], "big") >> 1)
-        self.num_batches += 1
+        """From `input_ids` (and `labels`, `epoch`) of several sequences to one batch, `[B, T]` each."""
         rows = [self._row(feature) for feature in features]
         longest = max(len(row["input_ids"]) for row in rows)
         fills = {"input_ids": self.pad_token_id, "labels": -100, "position_ids": 0, "attention_mask": 0}
@@ -91,16 +100,17 @@ class PoseCollator:
         ids = torch.as_tensor(feature["input_ids"])
         labels = torch.as_tensor(feature.get("labels", ids)).clone()
         length = min(len(ids), self.sequence_length or len(ids))
-        positions = pose_positions(length, self.target_length, self.num_chunks, self._generator)
+        identity = f"{self.seed} {int(feature.get('epoch', self._epoch))} {ids.tolist()}"
+        generator = torch.Generator().manual_seed(int.from_bytes(sha256(identity.encode()).digest()[:8], "big") >> 1)
+        positions = pose_positions(length, self.target_length, self.num_chunks, generator)
         chosen = torch.arange(length)
         starts = 1 + (positions.diff() != 1).nonzero()[:, 0]
         if len(ids) > length:
-            room = torch.randint(len(ids) - length + 1, (len(starts),), generator=self._generator).sort().values
+            room = torch.randint(len(ids) - length + 1, (len(starts),), generator=generator).sort().values
             for start, move, before in zip(starts.tolist(), room.tolist(), [0, *room.tolist()], strict=False):
                 chosen[start:] += move - before
         labels = labels[chosen]
-        if not torch.equal(chosen, torch.arange(length)):
-            labels[starts] = -100  # the token before it in the text is not the one before it here
+        labels[1:][chosen.diff() != 1] = -100  # the token before it in the text is not the one before it here
         return {
             "input_ids": ids[chosen],
             "labels": labels,

@@ -47,6 +47,8 @@ def test_streaming_gives_the_same():
     assert next(iter(stream))["input_ids"] == wanted[0]
     for _ in range(2):  # every epoch
         assert [row["input_ids"] for row in stream] == wanted
+    few = make_sequences(texts, TOKENIZER, 32, max_sequences=3, streaming=True)
+    assert [row["input_ids"] for row in few] == wanted[:3]
     with pytest.raises(RopeScalingError, match="as a function that returns them"):
         make_sequences(TEXTS, TOKENIZER, 32, streaming=True)
 

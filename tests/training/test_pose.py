@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import strong, token_ids
+from torch.utils.data import DataLoader
 
 import rope_scaling
 from rope_scaling import RopeScalingError
@@ -65,29 +66,62 @@ def test_a_batch_pads_and_masks():
     assert batch["labels"][0].tolist() == list(range(10, 30))  # nothing was skipped in the text
 
 
+ROWS = [{"input_ids": list(range(index, index + 64))} for index in range(12)]
+
+
+def positions_of(collator, num_workers, epochs=(0, 1), persistent=False, batch_size=2):
+    """Positions of every row of `ROWS`, epoch by epoch, as a data loader with that many workers gives them."""
+    loader = DataLoader(
+        ROWS,
+        batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        persistent_workers=persistent and num_workers > 0,
+    )
+    found = []
+    for epoch in epochs:
+        collator.set_epoch(epoch)
+        found.append(torch.cat([batch["position_ids"] for batch in loader]))
+    return found
+
+
 def test_skips_are_fresh_and_yet_reproducible():
-    row = [{"input_ids": list(range(64))}]
-    one, other = (PoseCollator(1024, seed=3) for _ in range(2))
-    first, second = one(row), one(row)
-    assert not torch.equal(first["position_ids"], second["position_ids"])
-    assert torch.equal(other(row)["position_ids"], first["position_ids"])
-    resumed = PoseCollator(1024, seed=3, num_batches=1)
-    assert torch.equal(resumed(row)["position_ids"], second["position_ids"])
+    first, second = positions_of(PoseCollator(1024, seed=3), 0)
+    assert (first != second).any(dim=1).all()  # no row repeats its skips in another epoch
+    assert len({tuple(row) for row in first.tolist()}) == len(ROWS)  # nor those of another row
+    assert (positions_of(PoseCollator(1024, seed=4), 0)[0] != first).any(dim=1).all()
+    # A resumed run begins with another epoch, other batches and another process.
+    assert torch.equal(positions_of(PoseCollator(1024, seed=3), 0, epochs=[1], batch_size=5)[0], second)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_skips_do_not_depend_on_loader_workers(persistent):
+    alone = positions_of(PoseCollator(1024, seed=3), 0)
+    shared = positions_of(PoseCollator(1024, seed=3), 2, persistent=persistent)
+    assert all(map(torch.equal, alone, shared))
+
+
+def test_a_row_may_carry_its_epoch():
+    collator = PoseCollator(1024, seed=3)
+    (second,) = positions_of(collator, 0, epochs=[1])
+    collator.set_epoch(5)
+    assert torch.equal(collator([{**ROWS[7], "epoch": 1}])["position_ids"][0], second[7])
 
 
 def test_chunks_of_a_longer_text_lie_apart_in_it():
     """Text and positions both skip; a token whose predecessor is not there has no loss."""
     collator = PoseCollator(target_length=400, sequence_length=40, num_chunks=3)
     apart = 0
-    for _ in range(50):
+    for epoch in range(50):
+        collator.set_epoch(epoch)
         batch = collator([{"input_ids": list(range(200))}])
         ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
-        assert len(ids) == 40 and ids == sorted(set(ids)) and ids[0] == 0
-        for index in range(1, 40):
-            follows = ids[index] == ids[index - 1] + 1
-            assert follows or positions[index] > positions[index - 1] + 1 or labels[index] == -100
-            assert labels[index] == (ids[index] if follows else -100) or labels[index] == -100
-            apart += not follows
+        assert len(ids) == 40 and ids == sorted(set(ids)) and ids[0] == labels[0] == 0
+        starts = {index for index in range(1, 40) if positions[index] > positions[index - 1] + 1}
+        skips = {index for index in range(1, 40) if ids[index] != ids[index - 1] + 1}
+        assert skips <= starts  # the text is cut only where positions are
+        assert labels == [-100 if index in skips else ids[index] for index in range(40)]
+        apart += len(skips)
     assert apart > 50
 
 
