@@ -47,7 +47,7 @@ def run(
     from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
-    specs = [named.parse_method(text) for text in methods or ()]
+    specs = asked = [named.parse_method(text) for text in methods or ()]
     chosen = made or _tasks(suite, tasks)
     state = runner.process_state()
     if device == "auto" and state.num_processes > 1:
@@ -58,6 +58,8 @@ def run(
         unpatch(loaded)
         specs = [saved, *specs]
     config = _config(loaded, model=model, data=data, **settings)
+    if settings["factor"] is not None or settings["target_length"] is not None:
+        named.check_extent(loaded, asked, config.factor)
     specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
     source = kinds.Source(
         lambda: read_texts(data, column=column, split=split, subset=subset),

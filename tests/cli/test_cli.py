@@ -80,7 +80,13 @@ def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_
         assert done.returncode == 0, done.stderr
         rows[name] = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     plain, saved = rows.values()
-    assert list(dict.fromkeys(row["method"] for row in saved)) == ["unpatched", "cropping", "yarn", "saved resonance"]
+    assert list(dict.fromkeys(row["method"] for row in saved)) == [
+        "unpatched",
+        "cropping",
+        "yarn",
+        saved[-1]["method"],
+    ]
+    assert saved[-1]["method"] == "saved resonance(wrapped=yarn(factor=2))"
     assert saved[-1]["in_effect"] == "resonance(wrapped=yarn(factor=2))"
     assert saved[-1]["target_length"] == 128
     for one, other in zip(plain[:5], saved[:5], strict=True):
@@ -156,6 +162,18 @@ def case(message, *arguments):
             "MODEL",
             "--target-length",
             "32",
+        ),
+        case(
+            "self_extend reaches 288 tokens on this model with these settings, and 512 are wanted",
+            *("evaluate", "--model", "MODEL", "--method", "self_extend", "--factor", "8"),
+        ),
+        case(
+            "The factor is 4, but 'yarn:factor=2' brings its own",
+            *("evaluate", "--model", "MODEL", "--method", "yarn:factor=2", "--target-length", "256"),
+        ),
+        case(
+            "`factor` is 4, but the method object has 2",
+            *("evaluate", "--model", "MODEL", "--method", "yarn:factor=2+log_n", "--factor", "4"),
         ),
         case("`lengths` must be ascending", "evaluate", "--model", "MODEL", "--lengths", "4x,2x"),
         case("got 'infx'", "evaluate", "--model", "MODEL", "--lengths", "infx"),

@@ -270,5 +270,5 @@ def test_tasks_and_methods_can_be_added_to_a_run(folder, tmp_path):
 def test_every_method_that_a_run_names_by_itself_has_a_map_or_none():
     specs = {spec.label: map_figure(spec.label, spec.arguments, 256, 1024) for spec in default_methods("demo", 8.0)}
     drawn = {label for label, figure in specs.items() if figure is not None}
-    assert {"self_extend", "angle_clip", "streaming", "dynamic_yarn"} <= drawn
+    assert {"self_extend:group_size=16", "angle_clip", "streaming", "dynamic_yarn"} <= drawn
     assert not {"yarn", "dynamic_longrope"} & drawn  # no distances; numbers for every pair

@@ -284,6 +284,13 @@ def test_every_method_is_swept_by_default():
     assert "longrope" not in {spec.method for spec in default_methods("demo", 4.0)}
 
 
+@pytest.mark.parametrize("factor", [2.0, 8.0])
+def test_what_a_sweep_chooses_is_in_the_label(factor):
+    for spec in default_methods("demo", factor):
+        if "group_size" in spec.arguments:
+            assert parse_method(spec.label) == spec and spec.label == f"self_extend:group_size={2 * factor:g}"
+
+
 def test_a_plot_of_more_methods_than_there_are_colours(finished, tmp_path):
     _, curves, _ = finished
     many = {f"method {index}": curves[0].scores["perplexity"] for index in range(70)}
