@@ -49,6 +49,8 @@ class Source:
     """The run's output folder, for what is worth keeping besides scores."""
     fresh: bool = False
     """Measure anew what the folder keeps."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What tasks of one run make once and share, by name."""
     _documents: dict[tuple[int, ...], Documents] = field(default_factory=dict)
 
     def documents(self, lengths: list[int]) -> Documents:
