@@ -67,15 +67,15 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/loss.py
 
 real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: four to eight hours on two cores
-	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x \
 		$(REAL_METHODS) --output runs/smollm2-135m
-	$(BIN)/rope-scaling evaluate $(REAL_MODEL_IS) --data stdlib --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x --factor 2 \
+	$(BIN)/rope-scaling evaluate $(REAL_MODEL_IS) --data stdlib --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x \
 		$(REAL_METHODS_CODE) --output runs/smollm2-135m-stdlib
-	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x --factor 2 $(REAL_TASKS) \
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x $(REAL_TASKS) \
 		--output runs/smollm2-135m-tasks
-	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x --factor 4 \
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS_32K) --lengths 1x,2x,4x \
 		--task perplexity --task repeats $(REAL_METHODS_32K) --output runs/smollm2-135m-32k
-	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x,4x --factor 4 $(REAL_TASKS_32K) \
+	$(BIN)/rope-scaling evaluate $(REAL) --max-documents 2 --lengths 1x,2x,4x $(REAL_TASKS_32K) \
 		--output runs/smollm2-135m-32k-tasks
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python benchmarks/codes.py
 	ROPE_SCALING_REAL_MODEL=$(REAL_MODEL) $(BIN)/python -m pytest -m real_model

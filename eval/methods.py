@@ -13,6 +13,7 @@ from typing import Any
 
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies import FrequencyMethod
+from rope_scaling.hf.describe import method_text
 from rope_scaling.hf.loading import DEMO
 from rope_scaling.hf.patch import patch, patched
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -52,8 +53,10 @@ class MethodSpec:
         classes = [method_class(name) for name, _ in named]
         return any(issubclass(cls, FrequencyMethod) or "factor" in required_fields(cls) for cls in classes)
 
-    def trained_at(self, length: int) -> MethodSpec:
-        """With the model's trained length, in tokens, unless the method's own text states it."""
+    def trained_at(self, length: int | None) -> MethodSpec:
+        """With the model's trained length, in tokens, if there is one and the method's own text does not state it."""
+        if length is None:
+            return self
         return replace(self, arguments={"original_max_position_embeddings": length, **self.arguments})
 
     def reaching(self, length: int) -> MethodSpec:
@@ -122,7 +125,7 @@ def saved_method(model: Any) -> MethodSpec | None:
     methods = tuple(method_from_record(one) for one in check_record(record)["methods"])
     extent = {"target_length": record["target_length"], "layer_types": record["layer_types"]}
     original = record["original_max_position_embeddings"]
-    label = "+".join(method.name or type(method).__name__ for method in methods)
+    label = " + ".join(map(method_text, methods))
     return MethodSpec(f"saved {label}", methods, extent | {"original_max_position_embeddings": original})
 
 
@@ -205,7 +208,27 @@ def default_methods(model: str, factor: float) -> list[MethodSpec]:
 
 def self_extend_to(factor: float) -> MethodSpec:
     """Self-Extend in groups that reach a length: G (L0 - w) + w with the default window of half the trained length."""
-    return MethodSpec("self_extend", "self_extend", {"group_size": max(math.ceil(2 * factor), 2)})
+    return parse_method(f"self_extend:group_size={max(math.ceil(2 * factor), 2)}")
+
+
+def check_extent(model: Any, specs: list[MethodSpec], factor: float) -> None:
+    """Refuses a factor that somebody asked for and a method would not be measured at.
+
+    Raises:
+        RopeScalingError: a method brings another factor, or its context with these settings is shorter.
+    """
+    for spec in specs:
+        own = spec.arguments.get("factor", factor)
+        if own != factor:
+            raise RopeScalingError(
+                f"The factor is {factor:g}, but {spec.label!r} brings its own. Give one of the two: leave `--factor` "
+                "and `--target-length` out, or the method's factor."
+            )
+        methods, arguments = spec.patch_call(
+            factor=None if {"factor", "target_length"} & spec.arguments.keys() else factor
+        )
+        with patched(model, *methods, **arguments):
+            pass
 
 
 def with_yarn(specs: list[MethodSpec], factor: float) -> list[MethodSpec]:

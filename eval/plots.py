@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import cycle, pairwise, product
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from rope_scaling.eval.intervals import estimate
 from rope_scaling.eval.methods import CROPPING, UNPATCHED
 
 
+_BREAKS = 1.0
+"""Nats above cropping at which a model has broken; such lines do not set the scale of a plot of losses."""
 _MOST_BANDS = 8
 """With more methods than that, bands would cover each other."""
 
@@ -28,7 +31,8 @@ def png(figure: Any) -> bytes:
 def curves_figure(curves: dict[str, list[np.ndarray]], trained_length: int, title: str) -> Any:
     """Loss against position, one line a method, on a logarithmic axis of positions; below, the same less cropping.
 
-    Few methods get bands, the 95% interval over documents of each bin; those of differences are paired.
+    Lines of models that break are cut off above, and the legend says up to where they go. Few methods get bands, the
+    95% interval over documents of each bin; those of differences are paired.
 
     Args:
         curves (`dict` of label to list of `np.ndarray`): Loss at every position, one array `[T - 1]` a document.
@@ -40,17 +44,19 @@ def curves_figure(curves: dict[str, list[np.ndarray]], trained_length: int, titl
     look = looks()
     styles = {label: look(label) for label in curves}
     differences = _less_cropping(curves)
-    # The loss of a model that breaks sets the scale above, and the hardness of the text most of the shape.
+    # Above, the hardness of the text sets most of the shape.
     panels = 2 if differences else 1
     figure = Figure(figsize=(10, max(5.6 * panels * 0.8, 0.22 * len(curves))), layout="constrained")
     above, *below = figure.subplots(panels, squeeze=False, sharex=True)[:, 0]
     longest = max(len(curve) for values in curves.values() for curve in values)
     edges = np.unique(np.geomspace(max(trained_length / 8, 2), longest, 28).astype(int))
-    _legend(above, _draw(above, curves, edges, styles))
+    last = _draw(above, curves, edges, styles)
+    cut = _cut_off(above)
+    _legend(above, last, cut)
     above.annotate(
         "trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
     )
-    above.set(ylabel="loss, nats a token", title=title)
+    above.set(ylabel="loss, nats a token" + (", axis cut" if cut else ""), title=title)
     for axes in below:
         _draw(axes, differences, edges, styles)
         axes.axhline(0, **styles[CROPPING])
@@ -90,6 +96,23 @@ def _draw(
             axes.fill_between(positions, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
         last[label] = losses[-1]
     return last
+
+
+def _cut_off(axes: Any) -> dict[str, float]:
+    """Ends the axis above the lines that stay near cropping; returns the others, each with its largest value."""
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    cropping = lines.get(CROPPING, np.zeros(0))
+    near = {
+        label: values
+        for label, values in lines.items()
+        if len(values) != len(cropping) or (values - cropping).max() <= _BREAKS
+    }
+    broken = {label: float(values.max()) for label, values in lines.items() if label not in near}
+    if broken:
+        lowest, highest = (end([end(values) for values in near.values()]) for end in (min, max))
+        margin = 0.05 * (highest - lowest) + 0.05
+        axes.set_ylim(min(lowest, *(lines[label].min() for label in broken)) - margin, highest + margin)
+    return {label: value for label, value in broken.items() if value > axes.get_ylim()[1]}
 
 
 def _logarithmic_beyond_a_tenth(axes: Any) -> None:
@@ -181,13 +204,14 @@ def looks() -> Callable[[str], dict[str, Any]]:
     return look
 
 
-def _legend(axes: Any, last: dict[str, float]) -> None:
-    """In the order in which the lines end, top to bottom, so that legend and lines can be matched by eye."""
+def _legend(axes: Any, last: dict[str, float], cut: Mapping[str, float] = MappingProxyType({})) -> None:
+    """In the order in which the lines end, top to bottom, so that legend and lines can be matched by eye; of those
+    that are cut off, with their largest value."""
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: -last[labels[i]])
     axes.legend(
         [handles[i] for i in order],
-        [labels[i] for i in order],
+        [f"{labels[i]} (up to {cut[labels[i]]:.1f})" if labels[i] in cut else labels[i] for i in order],
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
         fontsize=9,

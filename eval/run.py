@@ -171,7 +171,7 @@ def _measure(
             if plain is None:
                 store.add_cost(_cost(spec.label, name, tokens, seconds))
 
-        measured.found += len(saved.found & {item.sha256 for item in one.items})
+        measured.found += sum(item.sha256 in saved.found for item in one.items)
         measured.scores[name] = _score_all(one, saved, score, spec.label, progress, add_cost)
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
         raise RopeScalingError(

@@ -49,11 +49,13 @@ class Source:
     """The run's output folder, for what is worth keeping besides scores."""
     fresh: bool = False
     """Measure anew what the folder keeps."""
-    _documents: dict[int, Documents] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What tasks of one run make once and share, by name."""
+    _documents: dict[tuple[int, ...], Documents] = field(default_factory=dict)
 
     def documents(self, lengths: list[int]) -> Documents:
         """The texts as documents of at least the shortest and at most the longest length."""
-        key = hash(tuple(lengths))
+        key = tuple(lengths)
         if key not in self._documents:
             self._documents[key] = make_documents(
                 self.texts(), self.tokenizer, lengths, pieces=self.pieces, max_documents=self.max_documents

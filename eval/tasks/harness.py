@@ -11,9 +11,11 @@ What goes wrong in silence when a long-context model is handed over as it is, do
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 from unittest import mock
@@ -22,6 +24,7 @@ import numpy as np
 
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.eval.config import EvaluationConfig
+from rope_scaling.eval.identity import tokenizer_sha256
 from rope_scaling.eval.intervals import estimate
 from rope_scaling.eval.rows import hash_of
 from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
@@ -47,6 +50,32 @@ _SEED = 0
 """Of examples in prompts, and of tasks that draw samples."""
 
 
+@dataclass(eq=False)
+class Bench:
+    """What all documents of a run are scored with: the tokenizer, and lm-eval's class around the model."""
+
+    tokenizer: Any
+    _lm: Any = None
+
+    @staticmethod
+    def of(source: Source) -> Bench:
+        """The one of a run, made when it is first needed."""
+        if "bench" not in source.shared:
+            tokenizer = copy.deepcopy(source.tokenizer)
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.model_max_length = sys.maxsize  # it would warn of every text longer than the trained length
+            source.shared["bench"] = Bench(tokenizer)
+        return source.shared["bench"]
+
+    def lm(self, model: Any, max_length: int, crop: int | None) -> Any:
+        """lm-eval's class around a model, for prompts and answers of `max_length` tokens, cut to `crop` if given."""
+        if self._lm is None or self._lm.model is not model:
+            self._lm = _lm_class()(pretrained=model, tokenizer=self.tokenizer, batch_size=1)
+        self._lm.room, self._lm.crop = crop or max_length, crop
+        return self._lm
+
+
 @dataclass(frozen=True)
 class HarnessDocument:
     """One document of one of lm-eval's tasks."""
@@ -54,6 +83,7 @@ class HarnessDocument:
     name: str
     task: Any = field(repr=False)
     """The task's object, with documents of one length."""
+    bench: Bench = field(repr=False)
     index: int
     length: int
     """Tokens of prompt and answer: RULER's length, or what the model is given at most."""
@@ -81,28 +111,37 @@ class HarnessTask(Task):
     timeout: int = 3600
     """Seconds that making RULER's documents of one length may take."""
 
+    def settings(self) -> dict[str, Any]:
+        """The number of documents: where a tokenizer is and how long things may take change no row."""
+        return {"samples": self.samples}
+
+    def scored_with(self) -> dict[str, Any]:
+        """lm-eval's version: it makes prompts and metrics."""
+        return {"lm_eval": version("lm_eval")}
+
     def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[HarnessDocument], int]:
         """The first documents of each length, and how many were passed over for being too long for all of them."""
         if self.samples < 1:
             raise RopeScalingError(f"`samples` must be positive; got {self.samples}.")
+        bench = Bench.of(source)
         if self.name not in RULER and not self.name.startswith("babilong_"):
-            return self._fitting(plain_task(self.name), {length: length for length in config.lengths})
+            return self._fitting(plain_task(self.name), bench, {length: length for length in config.lengths})
         items: list[HarnessDocument] = []
         skipped = 0
         for length in config.lengths:
             if self.name in RULER:
-                made = make_ruler(self.name, length, self.tokenizer, config.seed, source.folder, self.timeout)
-                task = ruler_task(self.name, made)
-                items += [self._document(task, index, length, length + _RULER_ROOM) for index in self._first(task)]
+                task = ruler_task(self.name, self._ruler(length, source, config))
+                room = length + _RULER_ROOM
+                items += [self._document(task, bench, index, length, room) for index in self._first(task)]
             else:
                 room = length + int(_BABILONG_ROOM * length)
-                more, longer = self._fitting(babilong_task(self.name, length), {length: room})
+                more, longer = self._fitting(babilong_task(self.name, length), bench, {length: room})
                 items, skipped = items + more, skipped + longer
         return items, skipped
 
     def score(self, model: Any, item: HarnessDocument, config: EvaluationConfig) -> np.ndarray:
         """The document's metrics, in the order of its `metrics`."""
-        return _score(model, self.tokenizer, item, None)
+        return _score(model, item, None)
 
     def score_cropped(
         self, model: Any, item: HarnessDocument, plain: np.ndarray, config: EvaluationConfig
@@ -110,7 +149,7 @@ class HarnessTask(Task):
         """With the last tokens of each prompt that fit in the trained length."""
         if item.max_length <= config.trained_length:
             return plain
-        return _score(model, self.tokenizer, item, config.trained_length)
+        return _score(model, item, config.trained_length)
 
     def rows(self, items: Sequence[HarnessDocument], scores: Scores, config: EvaluationConfig) -> list[Row]:
         """A row a length and metric."""
@@ -131,16 +170,21 @@ class HarnessTask(Task):
                 rows.append(row)
         return rows
 
-    def _fitting(self, task: Any, rooms: dict[int, int]) -> tuple[list[HarnessDocument], int]:
+    def _ruler(self, length: int, source: Source, config: EvaluationConfig) -> list[dict[str, Any]]:
+        """RULER's documents of one length."""
+        same = tokenizer_sha256(source.tokenizer)
+        return make_ruler(self.name, length, self.tokenizer, same, config.seed, source.folder, self.timeout)
+
+    def _fitting(self, task: Any, bench: Bench, rooms: dict[int, int]) -> tuple[list[HarnessDocument], int]:
         """Documents at the shortest length whose room holds prompt and answer, up to `samples` a length."""
         found: dict[int, list[HarnessDocument]] = {length: [] for length in rooms}
         longer: list[int] = []
-        for index, tokens in enumerate(_token_counts(task, self.tokenizer)):
+        for index, tokens in enumerate(_token_counts(task, bench.tokenizer)):
             length = next((length for length, room in rooms.items() if tokens <= room), None)
             if length is None:
                 longer.append(tokens)
             elif len(found[length]) < self.samples:
-                found[length].append(self._document(task, index, length, rooms[length]))
+                found[length].append(self._document(task, bench, index, length, rooms[length]))
             if all(len(some) == self.samples for some in found.values()):
                 break
         if not any(found.values()):
@@ -154,12 +198,12 @@ class HarnessTask(Task):
     def _first(self, task: Any) -> range:
         return range(min(self.samples, len(task.eval_docs)))
 
-    def _document(self, task: Any, index: int, length: int, max_length: int) -> HarnessDocument:
+    def _document(self, task: Any, bench: Bench, index: int, length: int, max_length: int) -> HarnessDocument:
         # RULER calls its only metric by the length.
         metrics = (str(length),) if self.name in RULER else tuple(sorted(task.aggregation()))
         content = repr((self.name, max_length, sorted(task.eval_docs[index].items())))
         name = f"{self.name}, {length} tokens, document {index}"
-        return HarnessDocument(name, task, index, length, max_length, hash_of(content.encode()), metrics)
+        return HarnessDocument(name, task, bench, index, length, max_length, hash_of(content.encode()), metrics)
 
 
 def harness_tasks(names: Sequence[str], **settings: Any) -> list[HarnessTask]:
@@ -186,9 +230,9 @@ def harness_tasks(names: Sequence[str], **settings: Any) -> list[HarnessTask]:
     return [HarnessTask(name=name, **settings) for name in dict.fromkeys(members)]
 
 
-def _token_counts(task: Any, tokenizer: str) -> Iterator[int]:
+def _token_counts(task: Any, tokenizer: Any) -> Iterator[int]:
     """Of each document, tokens of the longest prompt with what is generated or scored after it."""
-    encode = _load_tokenizer(tokenizer).encode
+    encode = tokenizer.encode
     config = task.config
     for index, document in enumerate(task.eval_docs):
         task.set_fewshot_seed(seed=_SEED)
@@ -204,7 +248,7 @@ def _token_counts(task: Any, tokenizer: str) -> Iterator[int]:
         yield max(counts)
 
 
-def _score(model: Any, tokenizer: str, item: HarnessDocument, crop: int | None) -> np.ndarray:
+def _score(model: Any, item: HarnessDocument, crop: int | None) -> np.ndarray:
     # `simple_evaluate` reads lm-eval's thousands of tasks anew in every call.
     from lm_eval.api import task as building
     from lm_eval.evaluator import evaluate
@@ -215,7 +259,7 @@ def _score(model: Any, tokenizer: str, item: HarnessDocument, crop: int | None) 
     item.task.set_fewshot_seed(seed=_SEED)
     with mock.patch.object(building, "tqdm", lambda documents, **_: documents):  # one document needs no bar
         result: Any = evaluate(
-            _lm(model, tokenizer, item.max_length, crop),
+            item.bench.lm(model, item.max_length, crop),
             {"tasks": {name: item.task}, "groups": {}},
             samples={name: [item.index]},
             bootstrap_iters=0,
@@ -230,17 +274,25 @@ def _score(model: Any, tokenizer: str, item: HarnessDocument, crop: int | None) 
     return np.array(values, dtype=np.float64)
 
 
-def _lm(model: Any, tokenizer: str, max_length: int, crop: int | None) -> Any:
-    """lm-eval's own class around the model, which refuses what it would cut, or cuts to `crop` tokens on purpose."""
+@cache
+def _lm_class() -> Any:
+    """lm-eval's own class, which refuses what it would cut, or cuts to `crop` tokens on purpose."""
     from lm_eval.models.huggingface import HFLM
 
     class Lm(HFLM):
+        room = 0
+        crop: int | None = None
+
+        @property
+        def max_length(self) -> int:
+            return self.room
+
         def tok_batch_encode(
             self, strings: Any, *args: Any, left_truncate_len: int | None = None, **kwargs: Any
         ) -> Any:
             ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=None, **kwargs)
             if left_truncate_len and ids.shape[1] > left_truncate_len:
-                _check_cut(crop, ids.shape[1], left_truncate_len)
+                _check_cut(self.crop, ids.shape[1], left_truncate_len)
                 ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
             return ids, mask
 
@@ -250,20 +302,10 @@ def _lm(model: Any, tokenizer: str, max_length: int, crop: int | None) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> Any:
             longest = max(len(context) + len(answer) for _, context, answer in requests)
             if longest > self.max_length + 1:
-                _check_cut(crop, longest, self.max_length)
+                _check_cut(self.crop, longest, self.max_length)
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
 
-    return Lm(pretrained=model, tokenizer=_load_tokenizer(tokenizer), max_length=crop or max_length, batch_size=1)
-
-
-def _load_tokenizer(tokenizer: str) -> Any:
-    from rope_scaling.hf.loading import load_tokenizer
-
-    loaded = load_tokenizer(tokenizer)
-    if loaded.pad_token_id is None:
-        loaded.pad_token = loaded.eos_token
-    loaded.model_max_length = sys.maxsize  # it would warn of every text longer than the trained length
-    return loaded
+    return Lm
 
 
 def _check_cut(crop: int | None, tokens: int, room: int) -> None:

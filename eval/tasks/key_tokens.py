@@ -19,7 +19,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
 from rope_scaling.eval.identity import digest, method_sha256, weights_sha256
-from rope_scaling.eval.methods import MethodSpec, parse_method, self_extend_to
+from rope_scaling.eval.methods import UNPATCHED, MethodSpec, parse_method, self_extend_to
 from rope_scaling.eval.perplexity import nll_curve, windowed_nll_curve
 from rope_scaling.eval.rows import environment, hash_of, measure, write_atomically
 from rope_scaling.eval.tasks.base import Row, Scores, Source
@@ -115,9 +115,10 @@ class KeyTokens(CurveTask):
 
     def _name(self, evaluator: Any, documents: list[Document], config: EvaluationConfig) -> str:
         """Hash of all that the masks depend on."""
-        spec = self._spec(config)
-        with spec.patched(evaluator, config.factor):
-            method = method_sha256(evaluator, config.lengths[-1])
+        spec, method = self._spec(config), None
+        if spec.method != UNPATCHED:  # it then need not have RoPE
+            with spec.patched(evaluator, config.factor):
+                method = method_sha256(evaluator, config.lengths[-1])
         settings = [self.settings(), config.trained_length, config.chunk_size, environment()]
         return digest(weights_sha256(evaluator), method, settings, [one.sha256 for one in documents])
 

@@ -107,9 +107,9 @@ def ruler_task(name: str, documents: list[dict[str, Any]]) -> Any:
 
 
 def make_ruler(
-    name: str, length: int, tokenizer: str, seed: int, folder: Path | None, timeout: int
+    name: str, length: int, tokenizer: str, tokenizer_sha256: str, seed: int, folder: Path | None, timeout: int
 ) -> list[dict[str, Any]]:
-    """RULER's documents of one length, from `folder` if they were made before.
+    """RULER's documents of one length, from `folder` if they were made before with the same tokenizer.
 
     Raises:
         RopeScalingError: the generator does not end at this length, or in this time, or fails.
@@ -119,7 +119,7 @@ def make_ruler(
             f"lm-eval's generator of {name!r} does not end at {length} tokens; it takes {_ENDLESS_BELOW[name]} or "
             "more. Leave the task or the length out."
         )
-    key = hash_of(repr((name, length, seed, tokenizer, version("lm_eval"))).encode())
+    key = hash_of(repr((name, length, seed, tokenizer_sha256, version("lm_eval"))).encode())
     path = None if folder is None else folder / "ruler" / f"{name}-{length}-{key}.json"
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))

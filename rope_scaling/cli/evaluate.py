@@ -49,7 +49,7 @@ def run(
     from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
-    specs = [named.parse_method(text) for text in methods or ()]
+    specs = asked = [named.parse_method(text) for text in methods or ()]
     chosen = made or _tasks(suite, tasks)
     state = runner.process_state()
     if device == "auto" and state.num_processes > 1:
@@ -62,9 +62,10 @@ def run(
         original_length = original_length or saved.arguments["original_max_position_embeddings"]
         specs = [saved, *specs]
     config = _config(loaded, model=model, data=data, original_length=original_length, **settings)
+    if settings["factor"] is not None or settings["target_length"] is not None:
+        named.check_extent(loaded, [spec.trained_at(original_length) for spec in asked], config.factor)
     specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
-    if original_length is not None:
-        specs = [spec.trained_at(original_length) for spec in specs]
+    specs = [spec.trained_at(original_length) for spec in specs]
     if lengthen_tables(loaded, config.lengths[-1]):
         specs = [spec.reaching(config.lengths[-1]) for spec in specs]
     source = kinds.Source(

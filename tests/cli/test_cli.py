@@ -83,7 +83,13 @@ def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_
         assert done.returncode == 0, done.stderr
         rows[name] = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     plain, saved = rows.values()
-    assert list(dict.fromkeys(row["method"] for row in saved)) == ["unpatched", "cropping", "yarn", "saved resonance"]
+    assert list(dict.fromkeys(row["method"] for row in saved)) == [
+        "unpatched",
+        "cropping",
+        "yarn",
+        saved[-1]["method"],
+    ]
+    assert saved[-1]["method"] == "saved resonance(wrapped=yarn(factor=2))"
     assert saved[-1]["in_effect"] == "resonance(wrapped=yarn(factor=2))"
     assert saved[-1]["target_length"] == 128
     for one, other in zip(plain[:5], saved[:5], strict=True):
@@ -200,6 +206,18 @@ def case(message, *arguments):
             "--target-length",
             "32",
         ),
+        case(
+            "self_extend reaches 288 tokens on this model with these settings, and 512 are wanted",
+            *("evaluate", "--model", "MODEL", "--method", "self_extend", "--factor", "8"),
+        ),
+        case(
+            "The factor is 4, but 'yarn:factor=2' brings its own",
+            *("evaluate", "--model", "MODEL", "--method", "yarn:factor=2", "--target-length", "256"),
+        ),
+        case(
+            "`factor` is 4, but the method has 2",
+            *("evaluate", "--model", "MODEL", "--method", "yarn:factor=2+log_n", "--factor", "4"),
+        ),
         case("`lengths` must be ascending", "evaluate", "--model", "MODEL", "--lengths", "4x,2x"),
         case("got 'infx'", "evaluate", "--model", "MODEL", "--lengths", "infx"),
         case("got 'nan'", "evaluate", "--model", "MODEL", "--lengths", "1x,nan"),
@@ -297,7 +315,7 @@ def test_the_exit_status_reaches_the_shell():
 def test_a_warning_is_one_line(folder, text, tmp_path, capsys):
     arguments = ["--model", folder, "--method", "self_extend:group_size=2", "--data", text, "--lengths", "4x"]
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", *map(str, arguments), "--factor", "2", "--output", str(tmp_path / "out")])
+        main(["evaluate", *map(str, arguments), "--output", str(tmp_path / "out")])
     assert stopped.value.code == 0
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("rope-scaling: warning: A text of 255 tokens is beyond the reach") for line in lines)

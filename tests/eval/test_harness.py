@@ -13,7 +13,8 @@ from conftest import make_model
 from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.tasks import Scores, Source, lm_eval_tasks
+from rope_scaling.eval.run import evaluate
+from rope_scaling.eval.tasks import Scores, Source, lm_eval_tasks, prepare
 from rope_scaling.eval.tasks.harness import HarnessTask, harness_tasks
 from rope_scaling.hf.loading import load_tokenizer, model_source
 
@@ -240,6 +241,47 @@ def test_choices_are_scored_too(monkeypatch):
             losses.append(float(found.gather(-1, ids[0, len(prompt) :, None]).sum()))
         expected.append(float(losses[1] > losses[0]))
     assert [own.score(model, item, CONFIG)[0] for item in items] == expected
+
+
+def test_tokenizer_and_lm_eval_model_are_made_once_a_run(monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    made = []
+    monkeypatch.setattr(
+        HFLM, "__init__", lambda self, *a, real=HFLM.__init__, **kw: made.append(1) or real(self, *a, **kw)
+    )
+    monkeypatch.setattr("rope_scaling.hf.loading.load_tokenizer", None)
+    choices = {"text": ["red", "blue"], "label": ["A", "B"]}
+    rows = [{"question": "Of what colour is it?" * many, "choices": choices, "answerKey": "B"} for many in (1, 2, 60)]
+    serve(monkeypatch, rows, "arc")
+    source, model = dataclasses.replace(SOURCE, shared={}), tiny()
+    for name in ("arc_easy", "arc_challenge"):
+        own = task(name, samples=5)
+        items, _ = own.items(source, CONFIG, None)
+        for item in items:
+            own.score_cropped(model, item, own.score(model, item, CONFIG), CONFIG)
+    assert len(items) == 3 and len(made) == 1
+    own.score(tiny(), items[0], CONFIG)
+    assert len(made) == 2, "another model gets one of its own"
+
+
+def test_scores_are_those_of_one_version_of_lm_eval(monkeypatch, tmp_path):
+    serve(
+        monkeypatch,
+        [{"context": "The cat is red. " * 10, "question": "Of what colour?", "answers": ["red"]}] * 2,
+        "longbench",
+    )
+
+    def found(version, **settings):
+        monkeypatch.setattr("rope_scaling.eval.tasks.harness.version", lambda name: version)
+        work = prepare([task("longbench_hotpotqa", **settings)], dataclasses.replace(SOURCE, shared={}), CONFIG, None)
+        rows, measured = evaluate(tiny(), work, [], CONFIG, tmp_path / "run")
+        return {row["harness"] for row in rows}, sum(one.found for one in measured)
+
+    assert found("0.4.9") == ({"lm-eval 0.4.9"}, 0)
+    assert found("0.4.9", timeout=7) == ({"lm-eval 0.4.9"}, 6), "how long things may take changes no score"
+    with pytest.raises(RopeScalingError, match=r"longbench_hotpotqa.scored_with \(there \{'lm_eval': '0.4.9'\}, now"):
+        found("0.4.10")
 
 
 def test_longbench_by_the_command(monkeypatch, tmp_path, capsys):

@@ -19,7 +19,7 @@ from rope_scaling.eval.documents import Document
 from rope_scaling.eval.maps import map_figure
 from rope_scaling.eval.methods import default_methods, parse_method
 from rope_scaling.eval.page import published_rows, read_run, read_runs, write_report
-from rope_scaling.eval.report import print_tables, tables
+from rope_scaling.eval.report import conditions, print_tables, tables
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.eval.run import evaluate
 from rope_scaling.eval.suites import make_task
@@ -208,6 +208,85 @@ def test_rows_that_do_not_belong_together_are_refused(folder, tmp_path):
         read_runs([folder, numbers])
 
 
+def written(folder, rows):
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def test_two_metrics_of_a_task_are_two_measurements(folder, tmp_path):
+    one = next(row for row in read_rows(folder / "rows.jsonl") if row["measure"] == "length")
+    one |= {
+        "measure": "harness",
+        "task": "arc_easy",
+        "harness": "lm-eval 0.4.9",
+        "score_low": None,
+        "score_high": None,
+    }
+    rows = [one | {"metric": metric, "score": score} for metric, score in (("acc", 0.25), ("acc_norm", 0.75))]
+    more = [row | {"method": "rerope", "in_effect": "rerope()"} for row in rows]
+    (run,) = read_runs([written(tmp_path / "one", rows), written(tmp_path / "other", rows + more)])
+    assert run.rows == rows + more
+    lines = {table.title.split(" (")[0]: table.lines[1:] for table in tables(run.rows)}
+    assert [line[1] for line in lines["arc_easy, acc"]] == ["0.250"] * 2
+    assert [line[1] for line in lines["arc_easy, acc_norm"]] == ["0.750"] * 2
+    different = [row | {"score": 1.0} for row in rows]
+    with pytest.raises(RopeScalingError, match="different numbers on the same texts"):
+        read_runs([tmp_path / "one", written(tmp_path / "different", different)])
+
+
+def test_a_table_of_several_library_versions_says_which_row_has_which(folder, tmp_path):
+    rows = read_rows(folder / "rows.jsonl")
+    own = [row for row in rows if row["method"] != "self_extend"]
+    others = [
+        row | {"versions": row["versions"] | {"torch": "1.2.3"}, "chunk_size": 17}
+        for row in rows
+        if row["method"] == "self_extend"
+    ]
+    (run,) = read_runs([written(tmp_path / "one", own), written(tmp_path / "other", others)])
+    torch = rows[0]["versions"]["torch"]
+    said = f"torch {torch} (unpatched, cropping, yarn, angle_clip) and 1.2.3 (self_extend)"
+    assert said in conditions(run.rows) and "of 256 (unpatched, cropping" in conditions(run.rows)
+    write_report([run], tmp_path / "report")
+    assert said in (tmp_path / "report" / "report.html").read_text()
+    assert said in (tmp_path / "report" / "report.md").read_text()
+    assert f"torch {torch}," in f"{conditions(rows)}, "
+
+
+def test_runs_that_call_two_methods_alike_make_no_common_table(folder, tmp_path):
+    rows = read_rows(folder / "rows.jsonl")
+    one = [row for row in rows if row["task"] == "perplexity"]
+    for name, value in (("in_effect", "self_extend(group_size=16)"), ("method_sha256", "0" * 16)):
+        other = [
+            row | ({name: value} if row["method"] == "self_extend" else {}) for row in rows if row["task"] == "repeats"
+        ]
+        folders = [written(tmp_path / f"{name}-{index}", some) for index, some in enumerate((one, other))]
+        with pytest.raises(RopeScalingError, match="call different methods 'self_extend'. Report them apart"):
+            read_runs(folders)
+
+
+def test_runs_of_other_weights_make_no_common_table(folder, tmp_path):
+    trained = edited(folder, tmp_path / "trained", weights_sha256="0" * 16)
+    with pytest.raises(RopeScalingError, match=r"they differ in weights_sha256 \("):
+        read_runs([folder, trained])
+
+
+def test_costs_of_a_method_are_added_up(folder):
+    costs = [{"method": "yarn", "task": "copy", "tokens": 1000, "seconds": 0.5, "processes": 1}] * 3
+    table = dataclasses.replace(read_run(folder), costs=costs).cost_table()
+    assert table.lines[1:] == [["yarn", "copy", "3,000", "1.5", "2,000"]]
+
+
+def test_rows_of_an_earlier_format_are_read(folder, tmp_path):
+    """Rows name no scores then, and lack hashes of weights and methods."""
+    rows = [
+        {key: value for key, value in row.items() if not key.endswith(("weights_sha256", "method_sha256", "scores"))}
+        for row in read_rows(folder / "rows.jsonl")
+    ]
+    (run,) = read_runs([written(tmp_path / "old", rows), folder])
+    assert run.rows == rows and set(run.curves) == {"unpatched", "cropping", "yarn", "angle_clip", "self_extend"}
+
+
 def test_two_models_make_two_sections(folder, tmp_path):
     write_report(read_runs([folder, edited(folder, tmp_path / "m", model="<b>another</b>")], mixed=True), tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -270,5 +349,5 @@ def test_tasks_and_methods_can_be_added_to_a_run(folder, tmp_path):
 def test_every_method_that_a_run_names_by_itself_has_a_map_or_none():
     specs = {spec.label: map_figure(spec.label, spec.arguments, 256, 1024) for spec in default_methods("demo", 8.0)}
     drawn = {label for label, figure in specs.items() if figure is not None}
-    assert {"self_extend", "angle_clip", "streaming", "dynamic_yarn"} <= drawn
+    assert {"self_extend:group_size=16", "angle_clip", "streaming", "dynamic_yarn"} <= drawn
     assert not {"yarn", "dynamic_longrope"} & drawn  # no distances; numbers for every pair

@@ -317,10 +317,40 @@ def test_every_method_is_swept_by_default():
     assert "longrope" not in {spec.method for spec in default_methods("demo", 4.0)}
 
 
+@pytest.mark.parametrize("factor", [2.0, 8.0])
+def test_what_a_sweep_chooses_is_in_the_label(factor):
+    for spec in default_methods("demo", factor):
+        if "group_size" in spec.arguments:
+            assert parse_method(spec.label) == spec and spec.label == f"self_extend:group_size={2 * factor:g}"
+
+
 def test_a_plot_of_more_methods_than_there_are_colours(finished, tmp_path):
     _, curves, _ = finished
     many = {f"method {index}": curves[0].scores["perplexity"] for index in range(70)}
     assert len(png(curves_figure(many, 64, "title"))) > 10_000
+
+
+def falling(rise=0.0, above=0.0):
+    """Curves of two documents that fall from 4 to 2.5 nats, and rise beyond 64 tokens."""
+    positions = np.arange(1, 256)
+    return [4 - 1.5 * positions / 255 + above + rise * (positions > 64) + 0.01 * index for index in range(2)]
+
+
+def test_a_model_that_breaks_does_not_set_the_scale_of_losses():
+    curves = {"unpatched": falling(6.0), "cropping": falling(), "yarn": falling(above=0.1), "linear": falling(2.0)}
+    above = curves_figure(curves, 64, "title").axes[0]
+    low, high = above.get_ylim()
+    assert low < 2.5 and 4.0 < high < 4.3, "cropping and YaRN fill the axis"
+    legend = {text.get_text() for text in above.get_legend().get_texts()}
+    assert (
+        legend == {"unpatched (up to 9.6)", "cropping", "yarn", "linear (up to 5.6)"} and "cut" in above.get_ylabel()
+    )
+    curves["unpatched"] = falling(0.5)
+    whole = curves_figure({name: curves[name] for name in ("unpatched", "cropping", "yarn")}, 64, "title").axes[0]
+    assert {text.get_text() for text in whole.get_legend().get_texts()} == {"unpatched", "cropping", "yarn"}
+    assert "cut" not in whole.get_ylabel()
+    alone = curves_figure({"unpatched": falling(6.0)}, 64, "title").axes[0]
+    assert alone.get_ylim()[1] > 9
 
 
 def test_tables_and_plot(finished, tmp_path):

@@ -12,7 +12,7 @@ from planted import ByPosition, Finder, Knower
 
 from rope_scaling import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.documents import Document
+from rope_scaling.eval.documents import Document, Documents
 from rope_scaling.eval.suites import check_tasks, make_task, parse_task, read_suite, suite_names
 from rope_scaling.eval.tasks import TASKS, RetrievalTask, Scores, Source
 from rope_scaling.eval.tasks.repeats import far_repeats
@@ -38,6 +38,16 @@ CONFIG = EvaluationConfig(
 
 def make_source(**changes):
     return Source(**{"texts": lambda: read_texts("python-reference"), "tokenizer": TOKENIZER} | changes)
+
+
+@dataclasses.dataclass
+class Given(Source):
+    """Documents that are tokens already."""
+
+    given: list = dataclasses.field(default_factory=list)
+
+    def documents(self, lengths):
+        return Documents(self.given, 0)
 
 
 def small(name, **settings):
@@ -263,8 +273,7 @@ def test_key_tokens_are_those_that_far_context_makes_predictable(tmp_path):
     text = [Document("copy", ids)]
     config = dataclasses.replace(CONFIG, lengths=[len(ids)], trained_length=256)
     task = make_task("key_tokens", {"short_context": 128, "evaluator_method": "unpatched"})
-    source = make_source(folder=tmp_path)
-    source._documents[hash(tuple(config.lengths))] = type("D", (), {"items": text, "skipped": 0})()
+    source = Given(lambda: [], TOKENIZER, folder=tmp_path, given=text)
     model = Finder(VOCAB)
     (item,), _ = task.items(source, config, model)
     assert item.mask[:600].sum() == 0
@@ -286,8 +295,7 @@ def test_repeats_are_what_cropping_cannot_copy():
     assert not far_repeats(ids.tolist(), ngram=3, distance=10).any(), "10 tokens back is within 10"
     config = dataclasses.replace(CONFIG, lengths=[8, len(ids)], trained_length=8)
     task = make_task("repeats", {"ngram": 3})
-    source = make_source()
-    source._documents[hash(tuple(config.lengths))] = type("D", (), {"items": [Document("x", ids)], "skipped": 0})()
+    source = Given(lambda: [], TOKENIZER, given=[Document("x", ids)])
     items, _ = task.items(source, config, None)
     plain, knowing = np.full(len(ids) - 1, 4.0), np.full(len(ids) - 1, 4.0)
     knowing[16] = 1.0
