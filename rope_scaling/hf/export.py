@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.hf.configs import config_of
 from rope_scaling.hf.extend import matches
-from rope_scaling.hf.older_keys import EXPORT_KEY, READ_BY_V4, V4, older_keys
-from rope_scaling.hf.patch import applied_patch
-from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
+from rope_scaling.hf.older_keys import EXPORT_KEY, V4, is_reworded, older_keys
+from rope_scaling.hf.patch import applied_patch, patch_record
+from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
 from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.targets import (
+    QUERY_SCALE,
+    READ_KEYS,
+    TARGETS,
+    computes_otherwise,
+    is_latent,
+    stated_as_it_is,
+    why_not_computed,
+)
 
-
-TARGETS = {
-    "transformers": "Transformers 5",
-    V4: "Transformers 4.43 or later, and 5",
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "llama.cpp": "llama.cpp",
-}
-"""What a checkpoint can be written for; llama.cpp reads it through its own `convert_hf_to_gguf.py`."""
 
 _NEAREST = {
     "dynamic_yarn": "yarn",
@@ -37,16 +38,6 @@ _NEAREST = {
     "dynamic_linear": "linear",
     "dynamic_longrope": "longrope",
 }
-_AS_THEY_ARE = {
-    V4: READ_BY_V4,
-    "vllm": {"default", "yarn", "llama3"},
-    "sglang": {"default", "yarn", "llama3"},
-    "llama.cpp": {"default", "linear", "yarn", "llama3"},
-}
-"""Types that a target computes as Transformers does. vLLM and SGLang stretch the length of a `linear` model by its
-factor once more, and take the temperature of `longrope` from other keys."""
-_PLAIN_YARN = {"rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "attention_factor"}
-_PLAIN_YARN |= {"original_max_position_embeddings", "partial_rotary_factor"}
 
 
 def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
@@ -59,11 +50,23 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
         target (`str`): `transformers`, `transformers-v4`, `vllm`, `sglang` or `llama.cpp`.
 
     Returns:
-        `dict`: plain values, as JSON takes them.
+        `dict`: plain values, as JSON takes them; those of a nested text config under its name, such as `text_config`.
 
     Raises:
         RopeScalingError: the target is unknown, or cannot compute what the patch does; the message names the nearest
             method that it can.
+    """
+    settings = _settings(model, target)
+    for name in reversed(_path_to_text_config(model)):
+        settings = {name: settings}
+    return settings
+
+
+def text_overrides(model: nn.Module, target: str) -> dict[str, Any]:
+    """As `config_overrides`, without the names of the configs that the text config is nested in, and without warnings.
+
+    Raises:
+        RopeScalingError: as `config_overrides`.
     """
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
@@ -73,8 +76,19 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     parameters, length = rope_parameters_of(config), config.max_position_embeddings
     if target == "transformers":
         return _plain({"rope_parameters": parameters, "max_position_embeddings": length})
-    parameters = _portable(slots[0], parameters, target)
-    return _plain({"max_position_embeddings": length, "rope_parameters": parameters, **older_keys(parameters)})
+    parameters = _portable(model, slots[0], parameters, target)
+    settings = {"max_position_embeddings": length, "rope_parameters": parameters}
+    settings |= older_keys(parameters, config.model_type, strict=target == V4)
+    if target != V4:
+        # Overrides set one key after the other, and in Transformers 5 both are the same: each must be complete.
+        settings["rope_scaling"] = parameters
+    original = parameters.get("original_max_position_embeddings")
+    if target == "vllm" and QUERY_SCALE in parameters and original:
+        settings["llama_4_scaling"] = {
+            "beta": parameters[QUERY_SCALE],
+            "original_max_position_embeddings": original,
+        }
+    return _plain(settings)
 
 
 def check_exportable(model: nn.Module, target: str) -> None:
@@ -99,12 +113,6 @@ def check_exportable(model: nn.Module, target: str) -> None:
         )
 
 
-def stated_as_it_is(parameters: dict[str, Any], target: str) -> bool:
-    """Whether a target computes from RoPE parameters what Transformers computes."""
-    kind = parameters["rope_type"]
-    return kind in _AS_THEY_ARE[target] and not (kind == "yarn" and target != V4 and _unusual(parameters))
-
-
 def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -> Path:
     """Writes a checkpoint for a server: weights, config, tokenizer with its new length, and how to serve it.
 
@@ -122,7 +130,7 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
             left behind then.
     """
     folder = Path(folder)
-    overrides = config_overrides(model, target)
+    settings = _settings(model, target)
     if not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
         raise RopeScalingError(
             f"{type(model).__name__} does not save a whole checkpoint. Export the model inside it; an adapter is "
@@ -134,11 +142,15 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(staging)
-        _write_config(staging / "config.json", overrides | ({EXPORT_KEY: V4} if target == V4 else {}))
+        marked = settings | ({EXPORT_KEY: V4} if target == V4 else {})
+        reworded = target == V4 and is_reworded(settings["rope_parameters"], _text_config(model).model_type)
+        _write_config(staging / "config.json", _path_to_text_config(model), marked, reworded)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-            _rewrite(staging / "tokenizer_config.json", {"model_max_length": overrides["max_position_embeddings"]})
-        (staging / "README.md").write_text(_card(model, target, overrides), encoding="utf-8")
+            file = staging / "tokenizer_config.json"
+            length = {"model_max_length": settings["max_position_embeddings"]}
+            _rewrite(file, json.loads(file.read_text(encoding="utf-8")) | length)
+        (staging / "README.md").write_text(_card(model, target, settings), encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         staging.chmod(0o755)
@@ -149,11 +161,27 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     return folder
 
 
-def _portable(slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
+def _settings(model: nn.Module, target: str) -> dict[str, Any]:
+    settings = text_overrides(model, target)
+    if why := computes_otherwise(settings["rope_parameters"], _text_config(model), target):
+        warnings.warn(why, stacklevel=3)
+    return settings
+
+
+def _portable(model: nn.Module, slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
     """RoPE parameters that the target computes the live frequencies from."""
-    kind = parameters["rope_type"]
-    if stated_as_it_is(parameters, target):
-        return dict(parameters)
+    config, kind = slot.config, parameters["rope_type"]
+    known = READ_KEYS | set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    stated = {key: value for key, value in parameters.items() if key in known and value is not None}
+    if QUERY_SCALE in stated and target == "sglang":
+        raise RopeScalingError(
+            "SGLang scales the queries of this model by position over `max_position_embeddings`, and Transformers by "
+            "position over the trained length, so their logits differ. Export it to 'vllm'."
+        )
+    if stated_as_it_is(stated, target, config):
+        if is_latent(config) and kind == "yarn":
+            stated.pop("attention_factor", None)  # vLLM takes a stated 1 for softmax without `mscale_all_dim`
+        return stated
     if kind.startswith("dynamic"):
         raise RopeScalingError(f"{kind!r} depends on the length of the call, differently in every server.")
     if target == "llama.cpp":
@@ -162,50 +190,82 @@ def _portable(slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, 
             "saved with a factor for every pair, which a GGUF file can hold and this folder cannot: give a GGUF file "
             "of the model (`--gguf`), or export the nearest, 'yarn' or 'ntk'."
         )
-    pretrained = read_pretrained(slot, pretrained_settings(slot.config))
+    lists = _factor_lists(model, slot, target)
+    if not stated_as_it_is(lists, target, config):
+        raise RopeScalingError(why_not_computed(kind, target, config))
+    return lists
+
+
+def _factor_lists(model: nn.Module, slot: Slot, target: str) -> dict[str, Any]:
+    """The live frequencies as `longrope` lists, with the attention factor under each name that is read."""
+    pretrained = _pretrained(model, slot)
     inv_freq: Any = slot.inv_freq
     inv_freq, attention_factor = inv_freq.detach().cpu(), slot.attention_factor
     if pretrained.length_dependent and matches(inv_freq, pretrained.inv_freq):
         raise RopeScalingError("This model has one set of factors for short texts and one for long ones: patch it.")
-    factor = slot.config.max_position_embeddings / pretrained.geometry.original_max_position_embeddings
-    lowered = longrope_parameters(pretrained.geometry, inv_freq, attention_factor, factor)
+    geometry = pretrained.geometry
+    factor = slot.config.max_position_embeddings / geometry.original_max_position_embeddings
+    lowered = longrope_parameters(geometry, inv_freq, attention_factor, factor)
     if target != V4:
         lowered |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
-    kept = pretrained.other_parameters
-    if pretrained.geometry.rotary_dim == pretrained.geometry.head_dim:
-        kept.pop("partial_rotary_factor", None)  # a share of pairs that turn, not of dimensions that form pairs
-    return {**kept, "rope_theta": pretrained.geometry.rope_theta, **lowered}
+    kept = {key: value for key, value in pretrained.other_parameters.items() if key in READ_KEYS}
+    if "partial_rotary_factor" in kept and geometry.head_dim:
+        # Of 'proportional', it is the share of pairs that rotate; in the lists, all do, some by 0.
+        kept["partial_rotary_factor"] = geometry.rotary_dim / geometry.head_dim
+    return {**kept, "rope_theta": geometry.rope_theta, **lowered}
 
 
-def _unusual(yarn: dict[str, Any]) -> bool:
-    """Whether YaRN parameters hold more than every server reads alike."""
-    factor = yarn.get("attention_factor")
-    usual = 0.1 * math.log(yarn["factor"]) + 1.0 if yarn["factor"] > 1 else 1.0
-    set_keys = {key for key, value in yarn.items() if value is not None and (key, value) != ("truncate", True)}
-    return bool(set_keys - _PLAIN_YARN) or (factor is not None and abs(factor - usual) > 1e-6)
+def _pretrained(model: nn.Module, slot: Slot) -> Pretrained:
+    """The slot before the patch, with the trained length that the patch was given."""
+    record = patch_record(model) or {}
+    return read_pretrained(slot, pretrained_settings(slot.config), record.get("original_max_position_embeddings"))
+
+
+def _text_config(model: nn.Module) -> Any:
+    return config_of(rotary_slots(model))
+
+
+def _path_to_text_config(model: Any) -> tuple[str, ...]:
+    """Names of the configs from that of a model down to that of its rotary modules; none where they are the same."""
+    text = _text_config(model)
+    wanted = type(text), str(rope_parameters_of(text))
+
+    def find(config: Any) -> tuple[str, ...] | None:
+        if config is text or (type(config), str(rope_parameters_of(config))) == wanted:
+            return ()
+        for name, inner in vars(config).items():
+            if isinstance(inner, PreTrainedConfig) and (found := find(inner)) is not None:
+                return name, *found
+        return None
+
+    outer = getattr(model, "config", None)
+    return (find(outer) if isinstance(outer, PreTrainedConfig) else None) or ()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _write_config(path: Path, overrides: dict[str, Any]) -> None:
+def _write_config(path: Path, path_to_text: tuple[str, ...], settings: dict[str, Any], reworded: bool) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
-    saved.pop(EXPORT_KEY, None)
-    if saved.get("rope_parameters") != overrides["rope_parameters"]:
-        saved.pop(RECORD_KEY, None)  # it goes with the parameters it was made with
-    _rewrite(path, overrides, saved)
+    text = saved
+    for name in path_to_text:
+        text = text[name]
+    text.pop(EXPORT_KEY, None)
+    if reworded or text.get("rope_parameters") != settings["rope_parameters"]:
+        text.pop(RECORD_KEY, None)  # it goes with the parameters it was made with
+    text.update(settings)
+    _rewrite(path, saved)
 
 
-def _rewrite(path: Path, changes: dict[str, Any], values: dict[str, Any] | None = None) -> None:
-    values = json.loads(path.read_text(encoding="utf-8")) if values is None else values
-    path.write_text(json.dumps(values | changes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _rewrite(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(model: Any, target: str, overrides: dict[str, Any]) -> str:
+def _card(model: Any, target: str, settings: dict[str, Any]) -> str:
     applied = applied_patch(rotary_slots(model))
     methods = " with ".join(str(method) for method in applied.methods) if applied else "frequencies as they arrived"
-    length = overrides["max_position_embeddings"]
+    length = settings["max_position_embeddings"]
     commands = {
         "transformers": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
         V4: 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',

@@ -107,7 +107,7 @@ def _scaling(slot: Slot, architecture: str) -> tuple[dict[str, Any], np.ndarray 
     parameters = rope_parameters_of(slot.config)
     kind, base = parameters["rope_type"], float(parameters["rope_theta"])
     values: dict[str, Any] = {"context_length": slot.config.max_position_embeddings, "rope.freq_base": base}
-    if kind in ("default", "linear", "yarn") and stated_as_it_is(parameters, "llama.cpp"):
+    if kind in ("default", "linear", "yarn") and stated_as_it_is(parameters, "llama.cpp", slot.config):
         values["rope.scaling.type"] = "none" if kind == "default" else kind
         if kind != "default":
             values["rope.scaling.factor"] = float(parameters["factor"])

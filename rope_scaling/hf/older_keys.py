@@ -8,30 +8,93 @@ back into the config, so that whatever saves the config (the model, a Trainer's 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 
 EXPORT_KEY = "rope_scaling_export"
 """What the config of a checkpoint written for a target says of it."""
 V4 = "transformers-v4"
-READ_BY_V4 = frozenset({"default", "linear", "yarn", "llama3", "longrope"})
-"""Types that Transformers 4 computes as Transformers 5 does."""
-_KEYS = ("rope_scaling", "rope_theta")
+_Types = dict[str, tuple[str, ...] | None]
+_NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+_OTHER_NAMES = {"gpt_neox": _NEOX_NAMES, "gpt_neox_japanese": _NEOX_NAMES}
+"""By model type, the names that its config class in Transformers 4 has for base and rotated share. It ignores the
+usual ones and takes its defaults."""
+_READ_BY_V4: _Types = dict.fromkeys(("default", "linear", "yarn", "llama3", "longrope"))
+_TYPES_OF_FAMILIES: dict[str, _Types] = {
+    "nemotron": {"default": None},
+    "recurrent_gemma": {"default": None},
+    "llama4_text": {"default": None, "llama3": None},
+    "olmo": {"default": None, "linear": ("factor",)},
+    "olmo2": {"default": None, "linear": ("factor",)},
+    "chameleon": {"default": None, "linear": ("factor",)},
+    "phi3": {"default": None, "longrope": ("short_factor", "long_factor")},
+    "phi4_multimodal": {"default": None, "longrope": ("short_factor", "long_factor")},
+}
+"""By model type, the types that Transformers 4 computes, where these are fewer than usual; and the only keys that its
+config class takes beside `type`, where it takes no others."""
+_KEYS = ("rope_scaling", "rope_theta", *_NEOX_NAMES.values())
 
 
-def older_keys(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and the like, which say what `parameters` (`rope_parameters`) say."""
+def types_read_by_v4(model_type: str) -> tuple[str, ...]:
+    """The types that Transformers 4 computes for a family as Transformers 5 does."""
+    return tuple(_TYPES_OF_FAMILIES.get(model_type, _READ_BY_V4))
+
+
+def read_by_v4(parameters: dict[str, Any], model_type: str, length: int) -> bool:
+    """Whether Transformers 4 computes from `older_keys` what Transformers 5 computes from `parameters`."""
+    kind = parameters["rope_type"]
+    types = _TYPES_OF_FAMILIES.get(model_type, _READ_BY_V4)
+    if kind not in types:
+        return False
+    taken, stated = types[kind], parameters.get("attention_factor")
+    if taken is None or kind != "longrope" or stated is None:
+        return True
+    # Where the attention factor cannot be stated, it follows from the two lengths.
+    original = parameters["original_max_position_embeddings"]
+    factor = length / original
+    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return math.isclose(stated, derived, rel_tol=1e-6)
+
+
+def older_keys(parameters: dict[str, Any], model_type: str, strict: bool = True) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and the like, which say what `parameters` (`rope_parameters`) say.
+
+    Args:
+        parameters (`dict[str, Any]`): `rope_parameters` of a config.
+        model_type (`str`): Its family, which may have names of its own.
+        strict (`bool`): Whether `rope_scaling` has only keys that the family's config class in Transformers 4 takes.
+    """
+    kind = parameters["rope_type"]
     flat = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if strict and (taken := _TYPES_OF_FAMILIES.get(model_type, {}).get(kind)):
+        flat = {"type": kind, **{key: parameters[key] for key in taken}}
     keys = {
         "rope_theta": parameters["rope_theta"],
-        "rope_scaling": None if parameters["rope_type"] == "default" else flat,
+        "rope_scaling": None if flat.keys() <= {"rope_type", "partial_rotary_factor"} else flat,
     }
     if "partial_rotary_factor" in parameters:
         keys["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-    if parameters["rope_type"] == "longrope":
+    for name, other in _OTHER_NAMES.get(model_type, {}).items():
+        keys[other] = parameters.get(name, 1.0)
+    if kind == "longrope":
         # Older readers, and servers, look for the first trained length beside the dict.
         keys["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
     return keys
+
+
+def is_reworded(parameters: dict[str, Any], model_type: str) -> bool:
+    """Whether Transformers 5 reads other keys from `older_keys` than `parameters`, though they say the same: a record
+    of the patch then no longer fits.
+    """
+    return _TYPES_OF_FAMILIES.get(model_type, {}).get(parameters["rope_type"]) is not None
+
+
+def stated_in_older_keys(values: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """Base and rotated share at the top of a config, where older readers look, under their names of today."""
+    names = _OTHER_NAMES.get(model_type, {})
+    found = {name: values.get(names.get(name, name)) for name in _NEOX_NAMES}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def keep_older_keys(config: Any) -> None:
@@ -39,15 +102,20 @@ def keep_older_keys(config: Any) -> None:
 
     Settings that Transformers 4 cannot compute go without: it has to be exported anew to travel there.
     """
+    from rope_scaling.hf.pretrained import RECORD_KEY  # which reads configs without these keys
+
     if getattr(config, EXPORT_KEY, None) != V4:
         return
     # `rope_scaling` is a property of config classes, so this does not shadow it; it is what is saved.
     stated = vars(config)
     for key in _KEYS:
         stated.pop(key, None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") in READ_BY_V4 and parameters.get("rope_theta"):
-        stated.update(copy.deepcopy(older_keys(parameters)))
+    parameters, family = getattr(config, "rope_parameters", None) or {}, config.model_type
+    if not parameters.get("rope_theta") or not read_by_v4(parameters, family, config.max_position_embeddings):
+        return
+    if hasattr(config, RECORD_KEY) and is_reworded(parameters, family):
+        return
+    stated.update(copy.deepcopy(older_keys(parameters, family)))
 
 
 def without_older_keys(values: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def test_overrides_for_a_server_that_has_the_weights():
         "rope_parameters": json.loads(json.dumps(model.config.rope_parameters)),
     }
     overrides = rope_scaling.config_overrides(model, "vllm")
+    assert overrides["rope_scaling"] == overrides["rope_parameters"] and overrides["rope_theta"] == 10000.0
+    overrides = rope_scaling.config_overrides(model, "transformers-v4")
     assert "rope_theta" not in overrides["rope_scaling"] and overrides["rope_theta"] == 10000.0
 
 

@@ -9,11 +9,16 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.doctor.findings import NOTE, Finding, found
 from rope_scaling.hf.doctor.settings import same
 from rope_scaling.hf.doctor.sources import Source
-from rope_scaling.hf.export import TARGETS, config_overrides
-from rope_scaling.hf.older_keys import EXPORT_KEY, V4
+from rope_scaling.hf.export import text_overrides
+from rope_scaling.hf.older_keys import EXPORT_KEY, V4, stated_in_older_keys
+from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.targets import TARGETS, computes_otherwise
 
 
-_READ_THE_OLD_FORM = {"transformers-v4": "Transformers 4", "sglang": "SGLang"}
+_READ_THE_OLD_FORM = {V4: "Transformers 4", "sglang": "SGLang"}
+_IMPLIED = {"original_max_position_embeddings", "attention_factor", "partial_rotary_factor", "rope_theta"}
+"""Keys that a reader derives where they are not stated."""
+_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterator[Finding]:
@@ -23,30 +28,49 @@ def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterato
         if target == "transformers" or (source.text.get("rope_scaling") is None and not source.stated):
             continue
         try:
-            needed = config_overrides(model, target)["rope_parameters"]
+            needed = text_overrides(model, target)
         except RopeScalingError as error:
             yield found("RS303", f"{TARGETS[target]}: {error}", "Serve it with Transformers, or patch anew.", level)
             continue
-        if target in _READ_THE_OLD_FORM and not _old_form(source, needed):
+        export = f"`rope-scaling export MODEL --target {target} --out DIR`"
+        if target in _READ_THE_OLD_FORM and (unseen := _not_in_old_form(source, needed["rope_parameters"])):
             yield found(
                 "RS301",
-                f"The settings stand in `rope_parameters` only, a key that {_READ_THE_OLD_FORM[target]} did not "
-                f"always read: it takes base 10000 then, in the place of {needed['rope_theta']:g}, and no scaling.",
-                f"`rope-scaling export MODEL --target {target} --out DIR` writes both forms{_kept(source)}.",
+                f"{_READ_THE_OLD_FORM[target]} did not always read `rope_parameters`, and the older keys do not state "
+                f"the {unseen} of this model.",
+                f"{export} writes both forms{_kept(source)}.",
                 level,
             )
-        stated = {"rope_theta": source.text.get("rope_theta"), "rope_type": "default", **source.stated}
-        stated["rope_type"] = source.stated.get("rope_type") or source.stated.get("type") or "default"
-        differing = [key for key, value in needed.items() if value is not None and not same(stated.get(key), value)]
-        implied = {"original_max_position_embeddings", "attention_factor", "partial_rotary_factor", "rope_theta"}
-        if stated["rope_type"] != needed["rope_type"] or set(differing) - implied:
+        if why := computes_otherwise(needed["rope_parameters"], source.config, target):
+            yield found("RS302", why, "Serve it with SGLang or Transformers, or patch the unscaled model.", level)
+        elif differing := _differing(source, needed):
             yield found(
                 "RS302",
-                f"{TARGETS[target]} computes other frequencies, another factor or another length from "
-                f"{stated['rope_type']!r} as it stands here.",
-                f"`rope-scaling export MODEL --target {target} --out DIR` writes what it computes rightly.",
+                f"{TARGETS[target]} computes something else from {_kind(source)!r} as the config states it: it needs "
+                f"{', '.join(f'`{key}`' for key in differing)} otherwise.",
+                f"{export} writes what it computes rightly.",
                 level,
             )
+
+
+def _kind(source: Source) -> str:
+    return source.stated.get("rope_type") or source.stated.get("type") or "default"
+
+
+def _differing(source: Source, needed: dict[str, Any]) -> list[str]:
+    """Keys that a target needs with other values than the config states."""
+    parameters = needed["rope_parameters"]
+    above = {key: source.text.get(key) for key in ("original_max_position_embeddings", "partial_rotary_factor")}
+    above |= stated_in_older_keys(source.text, getattr(source.config, "model_type", ""))
+    stated = {**_DEFAULTS, **above, **source.stated, "rope_type": _kind(source)}
+    implied = {key for key in _IMPLIED if stated.get(key) is None}
+    if parameters["rope_type"] == stated["rope_type"] == "longrope":
+        implied.add("factor")  # it follows from the lengths
+    keys = [key for key, value in parameters.items() if key not in implied and not same(stated.get(key), value)]
+    if "rope_type" in keys:
+        keys = ["rope_type"]  # the others belong to it
+    beside = [key for key in ("llama_4_scaling",) if source.text.get(key) != needed.get(key, source.text.get(key))]
+    return [*keys, *beside]
 
 
 def _kept(source: Source) -> str:
@@ -58,9 +82,25 @@ def _kept(source: Source) -> str:
     )
 
 
-def _old_form(source: Source, needed: dict[str, Any]) -> bool:
-    plain = needed["rope_type"] == "default"
-    base = source.text.get("rope_theta")
-    if plain and base is None:
-        return needed["rope_theta"] == 10000.0
-    return base is not None and (plain or isinstance(source.text.get("rope_scaling"), dict))
+def _not_in_old_form(source: Source, needed: dict[str, Any]) -> str:
+    """What a reader of the older keys does not find: scaling, base or rotated share; nothing, if it finds all."""
+    family = type(source.config)
+    above = stated_in_older_keys(source.text, getattr(family, "model_type", ""))
+    base = above.get("rope_theta") or getattr(family, "default_theta", 10000.0)
+    missing = []
+    if needed["rope_type"] != "default" and not isinstance(source.text.get("rope_scaling"), dict):
+        missing.append("scaling")
+    if not same(base, needed["rope_theta"]):
+        missing.append(f"base {needed['rope_theta']:g}")
+    share = needed.get("partial_rotary_factor")
+    if share is not None and not same(above.get("partial_rotary_factor") or _default_share(family), share):
+        missing.append(f"rotated share {share:g}")
+    return ", ".join(missing)
+
+
+def _default_share(family: Any) -> float:
+    """The part of a head that a family rotates where its config does not say."""
+    try:
+        return (rope_parameters_of(family()) or {}).get("partial_rotary_factor", 1.0)
+    except Exception:  # a config class may want arguments
+        return 1.0
