@@ -14,6 +14,8 @@ from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
+from rope_scaling.hf.rope_types import check_types
+from rope_scaling.hf.tables import rope_parameters_of
 
 
 DEMO = "demo"
@@ -106,11 +108,16 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
 
 def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
     """The same model without its weights: enough to read and patch its frequencies, at the price of its config, which
-    may be given."""
+    may be given.
+
+    Raises:
+        RopeScalingError: it is no causal language model, or Transformers does not compute its type of scaling.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = config or load_config(name)
+    check_types(rope_parameters_of(config.get_text_config()))
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config)
