@@ -158,6 +158,8 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
     if static is not parameters:
         config = copy.deepcopy(config)
         config.rope_parameters = slot.with_part(config.rope_parameters, static)
+    if slot.layer_type and getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[slot.layer_type]  # as the modules of such models do
     rope_type = static["rope_type"]
     compute = ROPE_INIT_FUNCTIONS.get(rope_type) or default_function(slot)
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}

@@ -1,10 +1,10 @@
-"""The `rope_type` of a config: what Transformers computes from it, and what to write in place of other tools' names."""
+"""The `rope_type` of a config: what Transformers computes, and what to write in place of other tools' names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, is_number
 
 
 _REMEDIES = {
@@ -60,11 +60,13 @@ def with_static_base(parameters: dict[str, Any], config: Any) -> dict[str, Any]:
     HunYuan calls it `dynamic`, but its code computes `rope_theta * alpha^(d / (d - 2))` once, `d` the width of a head.
     Other families do not read `alpha`; their parameters are returned as they are.
     """
-    alpha = parameters.get("alpha")
+    alpha, base = parameters.get("alpha"), parameters.get("rope_theta")
     family = getattr(config, "model_type", None) or ""
-    if type_of(parameters) != "dynamic" or not alpha or not family.startswith("hunyuan"):
+    if type_of(parameters) != "dynamic" or not family.startswith("hunyuan"):
+        return parameters
+    if not (is_number(alpha) and alpha > 0 and is_number(base)):
         return parameters
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     read_by_none = {"alpha", "type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
     kept = {key: value for key, value in parameters.items() if key not in read_by_none}
-    return {**kept, "rope_type": "default", "rope_theta": parameters["rope_theta"] * alpha ** (width / (width - 2))}
+    return {**kept, "rope_type": "default", "rope_theta": base * alpha ** (width / (width - 2))}

@@ -89,17 +89,31 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
     if any(finding.level == "error" for finding in findings):
         return None, []
     try:
-        model = load_skeleton(source.name, source.config)
-    except RopeScalingError:
-        raise
+        model = _build(source)
     except Exception as error:  # a config that reads may still build no model, in any way
         return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
-    if RECORD_KEY not in source.text:
+    if model is None or RECORD_KEY not in source.text:
         return model, []
     try:
         return patch(model), []
     except RopeScalingError as error:
         return None, [found("RS203", str(error), "Patch the base model anew, or take the folder as it was saved.")]
+
+
+def _build(source: Source) -> Any:
+    """The causal language model, or what Transformers makes of an encoder or of the text part of a larger model;
+    `None` where it makes nothing of that part alone.
+    """
+    from accelerate import init_empty_weights
+    from transformers import MODEL_MAPPING, AutoModel
+
+    try:
+        return load_skeleton(source.name, source.config)
+    except RopeScalingError:
+        if type(source.config) not in MODEL_MAPPING:
+            return None
+    with init_empty_weights(include_buffers=False):
+        return AutoModel.from_config(source.config)
 
 
 def _describe(model: Any) -> Description | None:
