@@ -15,6 +15,7 @@ from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rope_types import check_types
+from rope_scaling.hf.skeleton import without_weights
 from rope_scaling.hf.tables import rope_parameters_of
 
 
@@ -113,13 +114,12 @@ def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
     Raises:
         RopeScalingError: it is no causal language model, or Transformers does not compute its type of scaling.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = config or load_config(name)
     check_types(rope_parameters_of(config.get_text_config()))
     try:
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise RopeScalingError(f"{name!r} is no causal language model: {_first_line(error)}") from error

@@ -22,6 +22,7 @@ from rope_scaling.hf.loading import load_skeleton
 from rope_scaling.hf.patch import patch
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.hf.skeleton import without_weights
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,6 @@ def _build(source: Source) -> Any:
     """The causal language model, or what Transformers makes of an encoder or of the text part of a larger model;
     `None` where it makes nothing of that part alone.
     """
-    from accelerate import init_empty_weights
     from transformers import MODEL_MAPPING, AutoModel
 
     try:
@@ -112,7 +112,7 @@ def _build(source: Source) -> Any:
     except RopeScalingError:
         if type(source.config) not in MODEL_MAPPING:
             return None
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         return AutoModel.from_config(source.config)
 
 
