@@ -41,6 +41,7 @@ FORMULA_VARIANTS = [
     ("yarn", {"factor": 4.0, "attention_factor": 1.0}),
     ("yarn", {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707}),
     ("llama3", {"factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0}),
+    ("llama3", {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}),
     ("abf", {"rope_theta": 5e5}),
     ("power", {"exponent": 0.1}),
     ("truncated", {"cutoff_length": 1024}),

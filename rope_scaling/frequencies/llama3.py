@@ -18,6 +18,7 @@ class Llama3(FrequencyMethod):
     ([paper](https://huggingface.co/papers/2407.21783)).
 
     `theta'_i = (1 - t) theta_i / s + t theta_i`, `t = (L0 / wavelength_i - low) / (high - low)` clipped to 0 and 1.
+    Equal factors leave no blend: pairs that turn less often are interpolated, the others kept (Llama 4 Scout).
     """
 
     name: ClassVar[str] = "llama3"
@@ -30,22 +31,23 @@ class Llama3(FrequencyMethod):
     low_freq_factor: float = 1.0
     """Pairs that turn less often than this within the trained length are interpolated by the full factor."""
     high_freq_factor: float = 4.0
-    """Pairs that turn more often than this within the trained length are kept."""
+    """Pairs that turn more often than this within the trained length are kept; at least `low_freq_factor`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("low_freq_factor", self.low_freq_factor, above=0.0)
         check_number("high_freq_factor", self.high_freq_factor, above=0.0)
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.high_freq_factor < self.low_freq_factor:
             raise RopeScalingError(
-                f"`high_freq_factor` must be above `low_freq_factor`; "
+                f"`high_freq_factor` must be at least `low_freq_factor`; "
                 f"got high_freq_factor={self.high_freq_factor:g}, low_freq_factor={self.low_freq_factor:g}."
             )
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
         pretrained = default_inv_freq(geometry)
-        kept = (rotations(geometry) - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return torch.lerp(pretrained / self.factor, pretrained, kept.clamp(0, 1)), 1.0
+        above, blend = rotations(geometry) - self.low_freq_factor, self.high_freq_factor - self.low_freq_factor
+        kept = (above / blend).clamp(0, 1) if blend else (above >= 0).to(above.dtype)
+        return torch.lerp(pretrained / self.factor, pretrained, kept), 1.0
 
     def rope_parameters(self, geometry: RopeGeometry) -> dict[str, Any]:
         return {

@@ -75,28 +75,49 @@ def extend(slot: Slot, pretrained: Pretrained, method: FrequencyMethod, length: 
     # Phi-3.5-MoE wants its two multipliers of cos and sin in any type but `default`.
     with_mscales = {**fallback, "short_mscale": attention_factor, "long_mscale": attention_factor}
     kept = pretrained.other_parameters
+    candidates = [native or fallback, fallback, with_mscales]
     if pretrained.rope_parameters.get("rope_type") == "proportional":
+        if inv_freq[:2].all():
+            candidates.insert(0, _proportional(pretrained, inv_freq))
         kept["partial_rotary_factor"] = 1.0  # the share is in the frequencies: those of other pairs are 0
     if not slot.in_config:
         stated = {**kept, "rope_theta": geometry.rope_theta, **(native or fallback)}
         return Extension(inv_freq.float(), attention_factor, stated, arithmetic)
     refusals = []
-    for candidate in (native or fallback, fallback, with_mscales):
+    for candidate in candidates:
         parameters = {**kept, "rope_theta": geometry.rope_theta, **candidate}
         try:
             whole = slot.with_part(rope_parameters_of(slot.config), parameters)
             config = config_with(slot, whole, length)
             found, found_factor = host_frequencies(slot, config)
         except Exception as error:
-            refusals.append(f"{parameters['rope_type']}: {error}")
+            reason = str(error).partition(". ")[0].rstrip(".")
+            refusals.append(f"{parameters['rope_type']}: {reason:.120}")
             continue
         if matches(found, inv_freq) and abs(found_factor - attention_factor) <= _TOLERANCE * abs(attention_factor):
             return Extension(found, found_factor, slot.part_of(config.rope_parameters), arithmetic)
         refusals.append(f"{parameters['rope_type']}: Transformers computes other frequencies from it")
     raise RopeScalingError(
-        f"{type(slot.config).__name__} cannot express {method.name!r}, so a saved model would lose it. "
-        f"Tried {'; '.join(refusals)}."
+        f"{type(slot.config).__name__} cannot express {method.name!r}, so a saved model would lose it "
+        f"({'; '.join(dict.fromkeys(refusals))}). Use {_expressible(pretrained)}a span method, such as 'self_extend', "
+        "which changes no frequencies."
     )
+
+
+def _proportional(pretrained: Pretrained, inv_freq: torch.Tensor) -> dict[str, Any]:
+    """Frequencies in the form of a model that rotates a share of its pairs: one base, one factor, the same share."""
+    arrived = pretrained.rope_parameters
+    first, second = (inv_freq[:2] / pretrained.inv_freq[:2].double()).tolist()
+    return {
+        "rope_type": "proportional",
+        "rope_theta": arrived["rope_theta"] * (first / second) ** len(inv_freq),
+        "factor": arrived.get("factor", 1.0) / first,
+        "partial_rotary_factor": arrived.get("partial_rotary_factor", 1.0),
+    }
+
+
+def _expressible(pretrained: Pretrained) -> str:
+    return "'linear', 'ntk' or 'abf', or " if pretrained.rope_parameters.get("rope_type") == "proportional" else ""
 
 
 def as_it_arrived(pretrained: Pretrained) -> Extension:

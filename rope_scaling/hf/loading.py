@@ -22,7 +22,9 @@ from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.patch import patch, patch_as_recorded
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record
-from rope_scaling.hf.tables import lengthen_tables
+from rope_scaling.hf.rope_types import check_types
+from rope_scaling.hf.skeleton import without_weights
+from rope_scaling.hf.tables import lengthen_tables, rope_parameters_of
 
 
 DEMO = "demo"
@@ -81,7 +83,7 @@ def load_model(
         base = load_model(_base_of(name, adapter), dtype, device, config, length)
         return _merged(name, base)
     revision = {key: arguments[key] for key in ("revision",) if key in arguments}
-    config = _without_guard(config or load_config(name, **revision))
+    config = _buildable(config or load_config(name, **revision))
     if dtype == "auto" and getattr(config, "quantization_config", None):
         dtype = "stored"  # what quantized weights are computed in, their own code decides
     cls, stored = _class_of(name, config), stored_dtype(config)
@@ -115,7 +117,7 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
         RopeScalingError: there is no such model, or its config records no patch.
     """
     name = str(name)
-    config = _without_guard(arguments.pop("config", None) or load_config(name))
+    config = _buildable(arguments.pop("config", None) or load_config(name))
     text = config.get_text_config()
     if getattr(text, RECORD_KEY, None) is None and getattr(text, EXPORT_KEY, None) != V4:
         raise RopeScalingError(
@@ -173,14 +175,12 @@ def build_skeleton(name: str, config: Any) -> torch.nn.Module:
     """The model that a config describes, without weights, and unpatched even if the config records a patch.
 
     Raises:
-        RopeScalingError: Transformers has no class for it.
+        RopeScalingError: Transformers has no class for it, or does not compute its type of scaling.
         Exception: whatever the class raises for a config that it cannot take.
     """
-    from accelerate import init_empty_weights
-
-    config = _without_guard(config)
+    config = _buildable(config)
     cls = _class_of(name, config)
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         return (getattr(cls, "from_config", None) or cls._from_config)(config)
 
 
@@ -247,13 +247,18 @@ def _class_of(name: str, config: Any) -> Any:
     )
 
 
-def _without_guard(config: Any) -> Any:
-    """A config that a model can be built from: without what makes plain Transformers refuse it, if there is any."""
+def _buildable(config: Any) -> Any:
+    """A config that a model can be built from: without what makes plain Transformers refuse it, if there is any.
+
+    Raises:
+        RopeScalingError: Transformers does not compute its type of scaling.
+    """
     text = config.get_text_config()
     record = getattr(text, RECORD_KEY, None)
     if record is not None and is_loud(text):
         for key, value in check_record(record)["pretrained"].items():
             setattr(text, key, copy.deepcopy(value))
+    check_types(rope_parameters_of(text))
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
 from rope_scaling.hf.older_keys import without_older_keys
 from rope_scaling.hf.record import check_record
+from rope_scaling.hf.rope_types import check_types, with_static_base
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.hf.tables import TableSlot, rope_parameters_of
 from rope_scaling.methods import Method, method_class
@@ -91,7 +93,9 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
         raise RopeScalingError(
             f"The config of {type(slot.module).__name__} has no `rope_parameters` with a `rope_theta`."
         )
+    check_types(parameters)
     config = config_with(slot, settings["rope_parameters"], settings["max_position_embeddings"])
+    parameters = with_static_base(parameters, config)
     maximum = settings["max_position_embeddings"]
     stated = original_length or parameters.get("original_max_position_embeddings")
     original = stated or maximum
@@ -102,10 +106,13 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
         )
     rope_type = parameters.get("rope_type", "default")
     if rope_type.startswith("dynamic"):
+        kept = {key: value for key, value in parameters.items() if key not in _SCALING_KEYS}
+        plain = {**kept, "rope_type": "default", "rope_theta": parameters["rope_theta"]}
+        plain = slot.with_part(settings["rope_parameters"], plain)
         raise RopeScalingError(
             f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the call, "
             "so there is no table to scale. Load it with plain frequencies: `from_pretrained(..., rope_parameters="
-            f'{{"rope_type": "default", "rope_theta": {parameters["rope_theta"]}}})`.'
+            f"{json.dumps(plain)})`."
         )
     inv_freq, attention_factor = host_frequencies(slot, config, length=int(original) + 1)
     geometry = _geometry(config, slot, parameters, int(original), len(inv_freq))
@@ -146,7 +153,14 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope_type = slot.part_of(rope_parameters_of(config))["rope_type"]
+    parameters = slot.part_of(rope_parameters_of(config))
+    static = with_static_base(parameters, config)
+    if static is not parameters:
+        config = copy.deepcopy(config)
+        config.rope_parameters = slot.with_part(config.rope_parameters, static)
+    if slot.layer_type and getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[slot.layer_type]  # as the modules of such models do
+    rope_type = static["rope_type"]
     compute = ROPE_INIT_FUNCTIONS.get(rope_type) or default_function(slot)
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
     varying = {"seq_len": length} if length and rope_type == "longrope" else {}

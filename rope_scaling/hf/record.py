@@ -113,8 +113,12 @@ def _damage(record: dict[str, Any]) -> str:
         if length is not None and (not is_number(length) or not 1 <= length <= 2**40 or length != int(length)):
             return f"`{name}` must be a whole number of tokens; it is {length!r:.100}"
     parameters = pretrained["rope_parameters"]
-    parts = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
-    for part in parts:
+    labels = sorted(str(label) for label, part in parameters.items() if isinstance(part, dict))
+    if labels and not (types and set(types) <= set(labels)):
+        return f"`layer_types` must name some of {', '.join(labels)}; it is {types!r:.100}"
+    if not labels and types is not None:
+        return f"`layer_types` must be null, because all layers rotate alike; it is {types!r:.100}"
+    for part in [parameters[label] for label in labels] or [parameters]:
         if not is_number(part.get("rope_theta")) or not 0 < part["rope_theta"] < 1e30:
             return f"`rope_theta` must be a number above 0; it is {part.get('rope_theta')!r:.100}"
         if not isinstance(part.get("rope_type", "default"), str):

@@ -21,7 +21,7 @@ from rope_scaling import LongRope, Resonance, RopeGeometry, RopeScalingError, ma
             {"factor": 4, "beta_fast": 1, "beta_slow": 32},
             r"`beta_fast`.*at least `beta_slow`.*beta_fast=1, beta_slow=32",
         ),
-        ("llama3", {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, r"`high_freq_factor` must be above"),
+        ("llama3", {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 3}, r"`high_freq_factor` must be at least"),
         ("abf", {}, r"`abf` needs a new base.*got neither"),
         ("abf", {"rope_theta": 1.0}, r"`rope_theta` must be a finite number, above 1; got 1\.0"),
         ("power", {}, r"`power` needs an `exponent`"),

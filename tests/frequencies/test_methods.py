@@ -56,11 +56,15 @@ def test_variants_equal_the_formula(name, arguments, geometry):
     assert attention_factor == pytest.approx(wanted_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "yarn", "llama3", "longrope", "p_rope"])
+NATIVE = ["linear", "yarn", "llama3", "longrope", "p_rope"]
+NATIVE_VARIANTS = [(name, arguments) for name, arguments in FORMULA_VARIANTS if name in NATIVE and name != "p_rope"]
+
+
+@pytest.mark.parametrize(("name", "variant"), [*((name, {}) for name in NATIVE), *NATIVE_VARIANTS])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_equals_transformers(name, geometry):
+def test_equals_transformers(name, variant, geometry):
     width, base, length = GEOMETRIES[geometry]
-    method = make_method(name, **arguments_of(name, width // 2))
+    method = make_method(name, **arguments_of(name, width // 2) | variant)
     parameters = method.rope_parameters(make_geometry(GEOMETRIES[geometry])) | {"rope_theta": base}
     config = LlamaConfig(
         hidden_size=2 * width, num_attention_heads=2, max_position_embeddings=4 * length, rope_parameters=parameters

@@ -84,7 +84,14 @@ PLANTED = {
     "crossed factors": ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, {"RS110"}),
     "factors that are no numbers": ({"rope_scaling": {**LONGROPE, "long_factor": ["a"] * 8}}, {"RS110", "RS109"}),
     "length with a fraction": ({"max_position_embeddings": 256.5, "rope_scaling": YARN}, {"RS110", "RS114"}),
-    "window": ({"model_type": "mistral", "sliding_window": 32}, {"RS111"}),
+    "window": ({"model_type": "mistral", "sliding_window": 32, "rope_scaling": YARN}, {"RS111"}),
+    "unequal lists": ({"rope_scaling": {**LONGROPE, "factor": 4.0, "long_factor": [4.0] * 7}}, {"RS109", "RS110"}),
+    "another name of the length": ({"model_max_length": 1024}, {"RS115"}),
+    "length before the scaling": (
+        {"max_sequence_length": 1024, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"RS115"},
+    ),
+    "ignored attention": ({"dual_chunk_attention_config": {"chunk_size": 64}}, {"RS116"}),
     "kind of model": ({"model_type": "nothing-like-it"}, {"RS114"}),
     "flat settings for layer types": (
         {**GEMMA3, "rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
@@ -102,6 +109,13 @@ PLANTED = {
     "healthy old form": ({"rope_scaling": {**without(LLAMA3, "rope_type"), "type": "llama3"}}, set()),
     "healthy partial": ({"model_type": "phi", "partial_rotary_factor": 0.5}, set()),
     "healthy window": ({**GEMMA3, "rope_theta": None, "sliding_window": 32}, set()),
+    "healthy window, everywhere": ({"model_type": "mistral", "sliding_window": 32}, set()),
+    "healthy lengths": ({"model_max_length": 256, "max_sequence_length": 128}, set()),
+    "healthy defaults": ({"rope_scaling": {**YARN, "attn_factor": 1, "finetuned": True}}, set()),
+    "healthy version": (
+        {"rope_theta": None, "transformers_version": "4.31.0", "rope_scaling": YARN},
+        set(),
+    ),
 }  # fmt: skip
 
 REFUSED_BY_OLDER = {"flat settings for layer types"}
@@ -126,6 +140,23 @@ def test_files_beside_the_config(tmp_path):
     assert codes(diagnose(path)) == {"RS205", "RS206"}
     assert codes(diagnose(path, target_length=64)) == set()
     folder(tmp_path, config, tokenizer_config={"model_max_length": 1e30}, generation_config={"max_length": 20})
+    assert codes(diagnose(path)) == set()
+
+
+def test_a_window_is_a_note_until_more_than_the_stated_length_is_asked_for(tmp_path):
+    path = folder(tmp_path, {**LLAMA, "model_type": "mistral", "sliding_window": 32})
+    assert codes(diagnose(path), notes=True) == {"RS111"} and codes(diagnose(path, target_length=512)) == {"RS111"}
+
+
+def test_the_tokenizer_says_whether_linear_scales_from_the_stated_length(tmp_path):
+    """LongAlpaca states the trained length, DeepSeek-Coder the extended one."""
+    config = {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    path = folder(tmp_path, config, tokenizer_config={"model_max_length": 1024})
+    (finding,) = [finding for finding in diagnose(path).findings if finding.level != "note"]
+    assert finding.code == "RS115" and "1024, which is 256 times 4" in finding.cause
+    folder(tmp_path, config, tokenizer_config={"model_max_length": 256})
+    assert codes(diagnose(path)) == set()
+    folder(tmp_path, LLAMA, tokenizer_config={"model_max_length": 1024})
     assert codes(diagnose(path)) == set()
 
 

@@ -165,6 +165,23 @@ def test_a_damaged_record_is_refused(llama, damage, message):
         rope_scaling.patch(llama)
 
 
+@pytest.mark.parametrize("layer_types", [["global_attention"], [], None])
+@pytest.mark.parametrize("method", ["yarn", "self_extend"])
+def test_a_record_of_no_layer_type_of_the_model_is_refused(method, layer_types):
+    model = rope_scaling.patch(make_model("gemma3"), method, target_length=256)
+    model.config.rope_scaling_patch = {**model.config.rope_scaling_patch, "layer_types": layer_types}
+    with pytest.raises(RopeScalingError, match="`layer_types` must name some of full_attention, sliding_attention"):
+        rope_scaling.patch(model)
+
+
+@pytest.mark.parametrize("method", ["yarn", "self_extend"])
+def test_a_record_of_layer_types_is_refused_where_all_layers_rotate_alike(llama, method):
+    rope_scaling.patch(llama, method, target_length=256)
+    llama.config.rope_scaling_patch = {**llama.config.rope_scaling_patch, "layer_types": ["full_attention"]}
+    with pytest.raises(RopeScalingError, match="`layer_types` must be null, because all layers rotate alike"):
+        rope_scaling.patch(llama)
+
+
 def test_a_record_that_contradicts_its_config_is_refused(llama, tmp_path):
     rope_scaling.patch(llama, "yarn", factor=4).save_pretrained(tmp_path)
     file = tmp_path / "config.json"

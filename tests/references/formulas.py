@@ -105,7 +105,7 @@ def llama3(R, b, L, s, low_freq_factor=1, high_freq_factor=4):
             result.append(t)
         elif wavelength > L / low_freq_factor:
             result.append(t / s)
-        else:
+        else:  # not reached if the two are equal
             smooth = (L / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
             result.append((1 - smooth) * t / s + smooth * t)
     return result, 1.0

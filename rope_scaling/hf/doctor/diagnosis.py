@@ -90,8 +90,8 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
         return None, []
     try:
         model = build_skeleton(source.name, load_config(source.name))
-    except RopeScalingError:
-        raise
+    except RopeScalingError:  # Transformers has the config, and no model for it
+        return None, []
     except Exception as error:  # a config that reads may still build no model, in any way
         if (cause := cause_of(error)).kind in ("memory", "network", "package"):  # the config may well be right
             raise RopeScalingError(f"Cannot build {source.name!r}: {cause.reason} {cause.remedy}") from error

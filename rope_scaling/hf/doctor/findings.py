@@ -23,6 +23,8 @@ CODES = {
     "RS112": (NOTE, "short texts are scaled too"),
     "RS113": (WARNING, "no length"),
     "RS114": (ERROR, "Transformers cannot read it"),
+    "RS115": (WARNING, "another length is stated elsewhere"),
+    "RS116": (WARNING, "length that rests on what is ignored"),
     # What lies in the folder
     "RS201": (NOTE, "needs this library to load"),
     "RS202": (ERROR, "record of the patch damaged"),

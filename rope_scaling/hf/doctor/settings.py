@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 from rope_scaling.errors import is_number
 from rope_scaling.hf.doctor.findings import NOTE, Finding, found
-from rope_scaling.hf.doctor.sources import Source
-from rope_scaling.hf.pretrained import windows_of
+from rope_scaling.hf.doctor.lengths import check_other_lengths, check_part, check_windows, is_length
+from rope_scaling.hf.doctor.sources import Source, family_reads
+from rope_scaling.hf.rope_types import known_types, remedy, type_of, with_static_base
 
 
 _ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -28,48 +30,61 @@ _TAKES = {
     "longrope": {"attention_factor", "factor", "short_mscale", "long_mscale"},
     "proportional": {"factor"},
 }
-_SCALED_TO_A_LENGTH = {"yarn", "llama3", "longrope"}
+_WITHOUT_EFFECT = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 1, "attn_factor": 1} | {
+    "extrapolation_factor": 1,
+    "truncate": True,
+}
+"""What leaves the frequencies as they are for every reader: defaults written out."""
+_BEFORE_BASES = r"4\.([0-9]|[12][0-9]|3[0-2])\."
+"""Versions of Transformers in which Llama's config had no base: it was 10000 for every model."""
 _DROPS_CACHE = {"phi3", "phimoe", "phi4_multimodal"}
 """Models whose code starts anew when a text outgrows the short factors."""
 
 
 def check_settings(source: Source, target_length: int | None) -> Iterator[Finding]:
     """Everything that the config alone shows."""
-    if source.refusal:
+    unknown = [*_types(source)]
+    yield from unknown
+    if source.refusal and not unknown:
         yield found("RS114", source.refusal, "Mend what it names in `config.json`, or update Transformers.")
     yield from _stated_twice(source)
     yield from _layer_types(source)
     for label, (written, read) in source.parts().items():
-        kind = read.get("rope_type") or read.get("type") or "default"
-        where = f" of {label!r} layers" if label else ""
-        if kind not in _NEEDS and source.config is not None and not _known_to_host(kind):
-            yield found(
-                "RS105",
-                f"The settings{where} have `rope_type` {kind!r}, which Transformers does not know.",
-                f"It must be one of {', '.join(sorted(_NEEDS))}; a checkpoint for another library needs that library.",
-            )
+        read = with_static_base(read, source.config)
+        kind, where = type_of(read), _where(label)
+        if not isinstance(kind, str) or kind not in _NEEDS:
             continue
         yield from _values(source, kind, where, read)
         if kind == "default":
             continue
         yield from _base(source, kind, where, written, read)
-        yield from _lengths(source, kind, where, written, read)
+        yield from check_part(source, kind, where, written, read)
         yield from _keys(source, kind, where, label, written)
         yield from _behaviour(source, kind, where, read)
-    yield from _windows(source, target_length)
+    yield from check_other_lengths(source)
+    yield from check_windows(source, target_length)
 
 
-def _known_to_host(kind: str) -> bool:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _where(label: str) -> str:
+    return f" of {label!r} layers" if label else ""
 
-    return kind in {*ROPE_INIT_FUNCTIONS, "axial"}
+
+def _types(source: Source) -> Iterator[Finding]:
+    for label, (written, read) in source.parts().items():
+        kind = type_of(written if source.config is None else read)
+        if not isinstance(kind, str) or kind not in known_types():
+            yield found(
+                "RS105",
+                f"The settings{_where(label)} have `rope_type` {kind!r}, which Transformers does not know.",
+                remedy(kind),
+            )
 
 
 def _stated_twice(source: Source) -> Iterator[Finding]:
     old, new = source.text.get("rope_scaling"), source.text.get("rope_parameters")
     differing = []
     if isinstance(old, dict) and isinstance(new, dict):
-        old_kind, new_kind = (form.get("rope_type", form.get("type")) for form in (old, new))
+        old_kind, new_kind = (type_of(form) for form in (old, new))
         shared = (old.keys() & new.keys()) - {"rope_type", "type"}
         differing += [
             f"`{key}` {old[key]!r} and {new[key]!r}" for key in sorted(shared) if not same(old[key], new[key])
@@ -91,7 +106,7 @@ def _stated_twice(source: Source) -> Iterator[Finding]:
 
 def _layer_types(source: Source) -> Iterator[Finding]:
     parts = source.parts()
-    kind = source.stated.get("rope_type") or source.stated.get("type") or "default"
+    kind = source.kind
     if "" in parts or kind == "default" or any(label in source.stated for label in parts):
         return
     if all((read.get("rope_type") or "default") == "default" for _, read in parts.values()):
@@ -106,6 +121,9 @@ def _layer_types(source: Source) -> Iterator[Finding]:
 
 def _base(source: Source, kind: str, where: str, written: dict, read: dict) -> Iterator[Finding]:
     stated = {"rope_theta", "rotary_emb_base"} & {*written, *source.text}
+    saved_by = source.text.get("transformers_version")
+    if isinstance(saved_by, str) and re.match(_BEFORE_BASES, saved_by):
+        return
     if written and not any(written.get(key) or source.text.get(key) for key in stated):
         yield found(
             "RS101",
@@ -116,46 +134,14 @@ def _base(source: Source, kind: str, where: str, written: dict, read: dict) -> I
         )
 
 
-def _lengths(source: Source, kind: str, where: str, written: dict, read: dict) -> Iterator[Finding]:
-    length, original, factor = source.length, read.get("original_max_position_embeddings"), read.get("factor")
-    if not _is_length(length):
-        return
-    if kind in _SCALED_TO_A_LENGTH:
-        stated = written.get("original_max_position_embeddings"), source.text.get("original_max_position_embeddings")
-        if written and not any(stated):
-            yield found(
-                "RS102",
-                f"{kind!r}{where} without `original_max_position_embeddings`: Transformers takes "
-                f"`max_position_embeddings`, {length}, for the length that the model was trained at. If that is the "
-                "extended length already, every frequency is wrong.",
-                "Write the trained length there: the `max_position_embeddings` of the model before it was scaled.",
-            )
-            return
-    if not _is_length(original) or not isinstance(factor, (int, float)) or isinstance(factor, bool):
-        return
-    if kind in ("yarn", "longrope") and abs(original * factor - length) > 1 and factor > 1:
-        equal = " The length was not raised with the factor, so tools that go by it stop at the trained length."
-        yield found(
-            "RS103",
-            f"`original_max_position_embeddings` {original} times `factor` {factor:g} is {original * factor:g}, but "
-            f"`max_position_embeddings` is {length}{where}.{equal if length == original else ''}",
-            f"Set `max_position_embeddings` to {original * factor:g}, or `factor` to {length / original:g}, whichever "
-            "the model was trained with.",
-        )
-    if kind == "llama3" and original >= length:
-        yield found(
-            "RS103",
-            f"`original_max_position_embeddings` {original} is not below `max_position_embeddings` {length}{where}: "
-            "'llama3' scales from the first to the second.",
-            "Set them to the lengths before and after the scaling.",
-        )
-
-
 def _keys(source: Source, kind: str, where: str, label: str, written: dict) -> Iterator[Finding]:
     own = set(getattr(source.config, "ignore_keys_at_rope_validation", None) or ())
-    unread = written.keys() - _ANY - own - _NEEDS.get(kind, set()) - _TAKES.get(kind, set())
-    if kind not in _NEEDS:
-        return
+    known = _ANY | own | _NEEDS[kind] | _TAKES.get(kind, set())
+    unread = {
+        key
+        for key, value in written.items()
+        if key not in known and not _without_effect(key, value) and not family_reads(source.config, key)
+    }
     if label and written.get("truncate") is False:
         unread.add("truncate")
     if unread:
@@ -167,10 +153,15 @@ def _keys(source: Source, kind: str, where: str, label: str, written: dict) -> I
         )
 
 
+def _without_effect(key: str, value: Any) -> bool:
+    # `finetuned` is a remark of YaRN's authors: the frequencies are the same with and without.
+    return value is None or key == "finetuned" or (key in _WITHOUT_EFFECT and same(value, _WITHOUT_EFFECT[key]))
+
+
 def _behaviour(source: Source, kind: str, where: str, read: dict) -> Iterator[Finding]:
     original = read.get("original_max_position_embeddings")
     if kind == "dynamic":
-        raised = _is_length(original) and _is_length(source.length) and source.length > original
+        raised = is_length(original) and is_length(source.length) and source.length > original
         late = f" Nor does it begin before {source.length} tokens, although {original} were trained." if raised else ""
         yield found(
             "RS106",
@@ -207,17 +198,20 @@ def _values(source: Source, kind: str, where: str, read: dict) -> Iterator[Findi
             wrong.append(
                 f"`{key}` must be a finite number{', at least 1' if least else ' above 0'}; it is {value!r:.60}"
             )
+    pairs = _num_pairs(source.config, read)
     for key in ("short_factor", "long_factor"):
         value = read.get(key)
         if value is not None and not (isinstance(value, list) and all(is_number(one) and one > 0 for one in value)):
             wrong.append(f"`{key}` must be a list of finite numbers above 0; it is {value!r:.60}")
+        elif value is not None and pairs and len(value) != pairs:
+            wrong.append(f"`{key}` must have one number for each of {pairs} pairs; it has {len(value)}")
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         value = source.text.get(key) if key in source.text else read.get(key)
-        if value is not None and not _is_length(value):
+        if value is not None and not is_length(value):
             wrong.append(f"`{key}` must be a whole number of tokens; it is {value!r:.60}")
     low, high = read.get("low_freq_factor"), read.get("high_freq_factor")
-    if kind == "llama3" and is_number(low) and is_number(high) and high <= low:
-        wrong.append(f"`high_freq_factor` {high:g} must be above `low_freq_factor` {low:g}")
+    if kind == "llama3" and is_number(low) and is_number(high) and high < low:
+        wrong.append(f"`high_freq_factor` {high:g} must be at least `low_freq_factor` {low:g}")
     if wrong:
         yield found("RS110", f"{kind!r}{where}: {'; '.join(wrong)}.", "Correct them in `config.json`.")
     if kind != "default" and source.length is None:
@@ -229,22 +223,13 @@ def _values(source: Source, kind: str, where: str, read: dict) -> Iterator[Findi
         )
 
 
-def _windows(source: Source, target_length: int | None) -> Iterator[Finding]:
-    length = target_length or source.length
-    if source.config is None or not _is_length(length):
-        return
-    windows = windows_of(source.config)
-    short = [window for window in windows if window and window < length]
-    kinds = getattr(source.config, "layer_types", None)
-    limited = len(short) if kinds is None else sum("sliding" in str(kind) for kind in kinds) if short else 0
-    if limited and limited == len(windows):
-        yield found(
-            "RS111",
-            f"Every layer attends to the last {max(short)} tokens only, so none sees {length} tokens at once, "
-            "whatever its frequencies.",
-            "State the policy yourself: a larger `sliding_window` (the model was not trained with one), or none of "
-            "the long text will be read but through the window.",
-        )
+def _num_pairs(config: Any, read: dict) -> int:
+    """How many pairs of dimensions rotate, as Transformers counts them for every type; 0 where that is not clear."""
+    if config is None or getattr(config, "is_heterogeneous", False):
+        return 0
+    heads, share = getattr(config, "num_attention_heads", 0), read.get("partial_rotary_factor") or 1.0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return int(width * share) // 2 if is_number(share) else 0
 
 
 def same(one: Any, other: Any) -> bool:
@@ -254,7 +239,3 @@ def same(one: Any, other: Any) -> bool:
     if is_number(one) and is_number(other):
         return math.isclose(one, other, rel_tol=1e-6)
     return one == other
-
-
-def _is_length(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.loading import load_config, model_source
 from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.rope_types import type_of
 
 
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "max_position_embeddings")
+_TEXT = ("text_config", "decoder", "generator", "text_encoder", "thinker_config", "language_config", "llm_config")
+"""Names of the language model's config inside that of a larger model."""
 _LARGEST = 16 * 2**20
 """Bytes; the largest config of a real model has well under one megabyte."""
 
@@ -38,6 +43,11 @@ class Source:
     def stated(self) -> dict[str, Any]:
         """The RoPE settings that Transformers looks at: `rope_scaling` goes before `rope_parameters`."""
         return _mapping(self.text.get("rope_scaling")) or _mapping(self.text.get("rope_parameters"))
+
+    @property
+    def kind(self) -> Any:
+        """The type of scaling, as written; `default` without any."""
+        return type_of(self.stated)
 
     @property
     def length(self) -> Any:
@@ -99,12 +109,26 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def family_reads(config: Any, key: str) -> bool:
+    """Whether the code of a model's family, in the folder of its config class, mentions a key of the config."""
+    if config is None:
+        return False
+    code = _code_of(str(Path(inspect.getfile(type(config))).parent))
+    return f'"{key}"' in code or f"'{key}'" in code
+
+
+@cache
+def _code_of(folder: str) -> str:
+    files = sorted(Path(folder).glob("*.py"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def _section(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that has the RoPE settings: itself, or that of the language model inside it."""
-    if any(key in raw for key in _ROPE_KEYS):
-        return raw
-    inner = [value for value in raw.values() if isinstance(value, dict)]
-    return next((one for one in inner if any(key in one for key in _ROPE_KEYS)), raw)
+    """The part of a config that has the RoPE settings: that of the language model inside it, or itself."""
+    inner = {key: value for key, value in raw.items() if isinstance(value, dict)}
+    named = [_section(inner[name]) for name in _TEXT if name in inner]
+    candidates = [*named, raw, *(_section(value) for key, value in inner.items() if key not in _TEXT)]
+    return next((one for one in candidates if any(key in one for key in _ROPE_KEYS)), raw)
 
 
 def _read_json(place: str, name: str) -> dict[str, Any] | None:
