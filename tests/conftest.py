@@ -84,10 +84,10 @@ def rotary(model):
     return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
 
 
-def strong(family):
+def strong(family, **more):
     """A random model whose attention matters: the usual tiny weights make it an average over all keys."""
     changes = {"gemma3": {"sliding_window": 48}, "mistral": {"sliding_window": 120}}
-    return make_model(family, initializer_range=0.15, **changes.get(family, {}))
+    return make_model(family, initializer_range=0.15, **changes.get(family, {}), **more)
 
 
 def other_family(name, **changes):

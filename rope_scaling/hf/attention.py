@@ -356,6 +356,8 @@ class WindowHook(DecoderHook):
 def install(decoder: Any, program: SpanProgram | WindowProgram) -> None:
     """Puts the engine into a decoder, or a window into an encoder."""
     before = decoder.config._attn_implementation
+    if before == NAME and installed(decoder) is None:  # built from a patched model's config
+        before = "sdpa"
     hook = DecoderHook(program, before) if isinstance(program, SpanProgram) else WindowHook(program, before)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.set_attn_implementation(_name_of(program))

@@ -32,6 +32,7 @@ from rope_scaling.hf.pretrained import (
 )
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
+from rope_scaling.hf.reference_models import watch_trainers
 from rope_scaling.hf.resolve import NamedMethod, Resolved, choose_slots, resolve_methods, resolved
 from rope_scaling.hf.rotary import Slot, patched_place, patched_record, restore, rotary_slots, set_record
 from rope_scaling.hf.s2 import has_s2_attention
@@ -304,6 +305,7 @@ def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original
 
 def _commit(model: nn.Module, slots: list[Slot], applied: Applied, config: dict[str, Any]) -> None:
     own_configs(model)
+    watch_trainers()
     for slot in slots:
         if change := applied.patches.get((slot.path, slot.layer_type)):
             slot.set(change.extension.inv_freq, change.extension.attention_factor, change.target_length)
