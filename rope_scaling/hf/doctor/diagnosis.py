@@ -91,6 +91,8 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
         return None, []
     try:
         model = _build(source)
+    except ImportError:  # a library that the model needs is not installed: nothing is wrong with the config
+        return None, []
     except Exception as error:  # a config that reads may still build no model, in any way
         return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
     if model is None or RECORD_KEY not in source.text:

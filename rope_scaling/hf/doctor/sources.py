@@ -81,7 +81,7 @@ def read_source(name: str) -> Source:
         return Source(name, {}, None, files=files)
     try:
         with unwarned():
-            config = load_config(name).get_text_config()
+            config = _text_config(load_config(name))
     except (RopeScalingError, RecursionError) as error:
         return Source(name, _section(raw), None, str(error), files=files)
     return _source(name, _section(raw), config, files)
@@ -107,6 +107,14 @@ def _is_adapter(name: str) -> bool:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the language model; of the decoder, where an encoder of texts has one too."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
 
 
 def family_reads(config: Any, key: str) -> bool:
