@@ -222,6 +222,12 @@ RIGHT = {
         **{"model_type": "modernbert", "max_position_embeddings": 8192, "global_rope_theta": 160000.0},
         **{"local_rope_theta": 10000.0, "local_attention": 128, "global_attn_every_n_layers": 2},
     },
+    "musicgen-small": {
+        "model_type": "musicgen",
+        "text_encoder": {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+        "audio_encoder": {"model_type": "encodec"},
+        "decoder": {"model_type": "musicgen_decoder", "hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 32},
+    },
     "llava-1.5-7b": {
         "model_type": "llava",
         "vision_config": {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.pretrained import text_config
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,7 @@ def compute_dtype(name: str, stored: torch.dtype | None, device: torch.device) -
 
 def stored_dtype(config: Any) -> torch.dtype | None:
     """The dtype of a checkpoint's weights, as its config states it; `None` if it does not."""
-    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
 
 
 def is_fast(dtype: torch.dtype) -> bool:

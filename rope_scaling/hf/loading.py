@@ -20,7 +20,7 @@ from rope_scaling.hf.dtype import compute_dtype, stored_dtype
 from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.patch import patch, patch_as_recorded
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.pretrained import RECORD_KEY, text_config
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rope_types import check_types
 from rope_scaling.hf.skeleton import without_weights
@@ -30,9 +30,11 @@ from rope_scaling.hf.tables import lengthen_tables, rope_parameters_of
 DEMO = "demo"
 """The name of the embedded model."""
 
-_GENERATIVE = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-_AUTO_CLASSES = (*_GENERATIVE, "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
-"""What builds a model whose config names no class of its own; the first that knows the config does."""
+_AUTO_CLASSES = (
+    *("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    *("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"),
+)
+"""Where to look, in this order, for the class of a model whose config names none."""
 
 
 def model_source(name: str) -> str:
@@ -118,7 +120,7 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
     """
     name = str(name)
     config = _buildable(arguments.pop("config", None) or load_config(name))
-    text = config.get_text_config()
+    text = text_config(config)
     if getattr(text, RECORD_KEY, None) is None and getattr(text, EXPORT_KEY, None) != V4:
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
@@ -179,9 +181,8 @@ def build_skeleton(name: str, config: Any) -> torch.nn.Module:
         Exception: whatever the class raises for a config that it cannot take.
     """
     config = _buildable(config)
-    cls = _class_of(name, config)
     with without_weights():
-        return (getattr(cls, "from_config", None) or cls._from_config)(config)
+        return _class_of(name, config)._from_config(config)
 
 
 def check_language_model(name: str, config: Any = None) -> None:
@@ -192,9 +193,8 @@ def check_language_model(name: str, config: Any = None) -> None:
     """
     config = config or load_config(name)
     cls = _class_of(name, config)
-    generates = cls.__name__ in _GENERATIVE or (hasattr(cls, "can_generate") and cls.can_generate())
-    causal = getattr(config.get_text_config(), "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
-    if not generates or not causal:
+    causal = getattr(text_config(config), "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
+    if not cls.can_generate() or not causal:
         architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         raise RopeScalingError(
             f"{name!r} ({architecture}) does not predict the next token from the tokens before it. Give a causal "
@@ -230,16 +230,18 @@ def load_config(name: str, **arguments: Any) -> Any:
 
 
 def _class_of(name: str, config: Any) -> Any:
-    """The class that a config names, or else the first auto class that knows the config."""
+    """The class that a config names, or else the first that the auto classes have for it."""
     import transformers
 
     for architecture in getattr(config, "architectures", None) or ():
         cls = getattr(transformers, architecture, None)
         if cls is not None and type(config) is getattr(cls, "config_class", None):
             return cls
-    for auto in (getattr(transformers, one) for one in _AUTO_CLASSES):
-        if type(config) in auto._model_mapping:
-            return auto
+    for mapping in (getattr(transformers, auto)._model_mapping for auto in _AUTO_CLASSES):
+        known = mapping[type(config)] if type(config) in mapping else ()
+        for cls in known if isinstance(known, (list, tuple)) else [known]:
+            if type(config) is (cls.config_class or type(config)):
+                return cls
     raise RopeScalingError(
         f"Transformers {transformers.__version__} has no model for the config of {name!r} (`model_type` "
         f"{getattr(config, 'model_type', None)!r}). Load the model with its own code and give it to "
@@ -253,7 +255,7 @@ def _buildable(config: Any) -> Any:
     Raises:
         RopeScalingError: Transformers does not compute its type of scaling.
     """
-    text = config.get_text_config()
+    text = text_config(config)
     record = getattr(text, RECORD_KEY, None)
     if record is not None and is_loud(text):
         for key, value in check_record(record)["pretrained"].items():
@@ -264,7 +266,7 @@ def _buildable(config: Any) -> Any:
 
 def _as_saved(model: Any, length: int | None = None) -> torch.nn.Module:
     """The model under the patch that its config records, and with the keys of Transformers 4 if it was saved so."""
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     keep_older_keys(text)
     if length is not None:
         lengthen_tables(model, length)

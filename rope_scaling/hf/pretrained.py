@@ -158,8 +158,7 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
     if static is not parameters:
         config = copy.deepcopy(config)
         config.rope_parameters = slot.with_part(config.rope_parameters, static)
-    if slot.layer_type and getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[slot.layer_type]  # as the modules of such models do
+    config = _of_layer_type(config, slot)  # as the modules of such models do
     rope_type = static["rope_type"]
     compute = ROPE_INIT_FUNCTIONS.get(rope_type) or default_function(slot)
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
@@ -193,15 +192,32 @@ def layer_configs(config: Any) -> list[Any]:
     return [config] * getattr(config, "num_hidden_layers", 1)
 
 
+def text_config(config: Any) -> Any:
+    """The config of the language model; of the decoder, where an encoder of texts has one too."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
+
+
 def windows_of(config: Any) -> list[int | None]:
     """The window in tokens that the config states for every layer."""
     own = layer_configs(config)
     return [getattr(one, "sliding_window", None) if getattr(one, "use_sliding_window", True) else None for one in own]
 
 
-def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:
+def _of_layer_type(config: Any, slot: Slot) -> Any:
+    """The config of a slot's layers, where the heads of layer types differ in number or width."""
     if slot.layer_type and getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[slot.layer_type]  # heads of layer types may differ in number and width
+        try:
+            return config.per_layer_config[slot.layer_type]
+        except ValueError:
+            pass  # layers of one type differ, in something else than their heads
+    return config
+
+
+def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:
+    config = _of_layer_type(config, slot)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     if head_dim and head_dim * parameters.get("partial_rotary_factor", 1.0) % 2 and 2 * num_pairs > head_dim:

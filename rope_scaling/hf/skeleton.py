@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +16,21 @@ def without_weights() -> Iterator[None]:
     """Builds parameters on the meta device, those of experts before they are registered too; buffers as usual."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         yield
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Gives `torch.empty`, from which every weight is made, no memory: 30 GB a layer in the experts of DeepSeek-V3."""
+_LARGE = 2**20
+"""Elements from which a tensor is a weight; buffers of that size are not needed either."""
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Gives weights no memory already when they are made: the experts of one layer of DeepSeek-V3 take 30 GB."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn) and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if math.prod(size) > _LARGE:
+                kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)

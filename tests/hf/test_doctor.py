@@ -71,6 +71,8 @@ PLANTED = {
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, {"RS106"}),
     "attn_factor": ({"rope_scaling": {**YARN, "attn_factor": 1.2}}, {"RS107"}),
     "misspelt": ({"rope_scaling": {**YARN, "beta_fst": 16}}, {"RS107"}),
+    "no type": ({"rope_scaling": {"factor": 4.0}}, {"RS107"}),
+    "left over": ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, {"RS107"}),
     "two sets": ({"rope_scaling": {**LONGROPE, "factor": 4.0}}, {"RS109"}),
     "no length": (
         {"max_position_embeddings": None, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
@@ -84,7 +86,6 @@ PLANTED = {
     "crossed factors": ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, {"RS110"}),
     "factors that are no numbers": ({"rope_scaling": {**LONGROPE, "long_factor": ["a"] * 8}}, {"RS110", "RS109"}),
     "length with a fraction": ({"max_position_embeddings": 256.5, "rope_scaling": YARN}, {"RS110", "RS114"}),
-    "window": ({"model_type": "mistral", "sliding_window": 32, "rope_scaling": YARN}, {"RS111"}),
     "unequal lists": ({"rope_scaling": {**LONGROPE, "factor": 4.0, "long_factor": [4.0] * 7}}, {"RS109", "RS110"}),
     "another name of the length": ({"model_max_length": 1024}, {"RS115"}),
     "length before the scaling": (
@@ -109,9 +110,11 @@ PLANTED = {
     "healthy old form": ({"rope_scaling": {**without(LLAMA3, "rope_type"), "type": "llama3"}}, set()),
     "healthy partial": ({"model_type": "phi", "partial_rotary_factor": 0.5}, set()),
     "healthy window": ({**GEMMA3, "rope_theta": None, "sliding_window": 32}, set()),
-    "healthy window, everywhere": ({"model_type": "mistral", "sliding_window": 32}, set()),
+    "healthy window, everywhere": ({"model_type": "mistral", "sliding_window": 32, "rope_scaling": YARN}, set()),
     "healthy lengths": ({"model_max_length": 256, "max_sequence_length": 128}, set()),
     "healthy defaults": ({"rope_scaling": {**YARN, "attn_factor": 1, "finetuned": True}}, set()),
+    "healthy type": ({"rope_scaling": {"rope_type": "default", "factor": 1.0}}, set()),
+    "healthy nothing": ({"rope_scaling": {}}, set()),
     "healthy version": (
         {"rope_theta": None, "transformers_version": "4.31.0", "rope_scaling": YARN},
         set(),

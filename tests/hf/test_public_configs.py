@@ -144,10 +144,16 @@ def test_types_that_transformers_does_not_have_are_one_line_everywhere(kind, tmp
         load_skeleton(path)
 
 
-def test_a_model_that_is_larger_than_the_memory_is_described_and_diagnosed(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("DeepSeek-V3", {"n_routed_experts": 2**12, "moe_intermediate_size": 2**21}),
+        ("Llama-4-Scout-17B-16E", {"num_local_experts": 2**12, "intermediate_size": 2**21}),
+    ],
+)
+def test_a_model_that_is_larger_than_the_memory_is_described_and_diagnosed(name, changes, tmp_path):
     """A layer of its experts would take terabytes."""
-    config = {**RIGHT["DeepSeek-V3"], "n_routed_experts": 2**12, "moe_intermediate_size": 2**21}
-    path = folder(tmp_path, config)
-    assert read_description(load_skeleton(path)).slots[0].method.startswith("not patched; arrived with yarn(factor=40")
+    path = folder(tmp_path, {**RIGHT[name], **changes})
+    assert read_description(load_skeleton(path)).slots[0].method.startswith("not patched; arrived with")
     diagnosis = diagnose(path)
     assert codes(diagnosis) == set() and diagnosis.description is not None

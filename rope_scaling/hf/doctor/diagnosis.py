@@ -90,10 +90,13 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
         return None, []
     try:
         model = build_skeleton(source.name, load_config(source.name))
-    except RopeScalingError:  # Transformers has the config, and no model for it
+    except (
+        RopeScalingError,
+        ImportError,
+    ):  # no model for it, or a library that it needs: the config may well be right
         return None, []
     except Exception as error:  # a config that reads may still build no model, in any way
-        if (cause := cause_of(error)).kind in ("memory", "network", "package"):  # the config may well be right
+        if (cause := cause_of(error)).kind in ("memory", "network"):  # the config may well be right
             raise RopeScalingError(f"Cannot build {source.name!r}: {cause.reason} {cause.remedy}") from error
         return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
     if RECORD_KEY not in source.text:

@@ -134,7 +134,7 @@ def _on_ignored_scaling(source: Source) -> Iterator[Finding]:
 
 
 def check_windows(source: Source, target_length: int | None) -> Iterator[Finding]:
-    """Windows of every layer that are shorter than the length; a note where nothing was extended."""
+    """Windows of every layer that are shorter than the length; a note at the length that the config states itself."""
     length = target_length or source.length
     if source.config is None or not is_length(length):
         return
@@ -143,7 +143,7 @@ def check_windows(source: Source, target_length: int | None) -> Iterator[Finding
     kinds = getattr(source.config, "layer_types", None)
     limited = len(short) if kinds is None else sum("sliding" in str(kind) for kind in kinds) if short else 0
     if limited and limited == len(windows):
-        extended = source.kind != "default" or (is_length(source.length) and length > source.length)
+        extended = is_length(source.length) and length > source.length
         yield found(
             "RS111",
             f"Every layer attends to the last {max(short)} tokens only, so none sees {length} tokens at once, "

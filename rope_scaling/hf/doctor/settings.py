@@ -30,10 +30,9 @@ _TAKES = {
     "longrope": {"attention_factor", "factor", "short_mscale", "long_mscale"},
     "proportional": {"factor"},
 }
-_WITHOUT_EFFECT = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 1, "attn_factor": 1} | {
-    "extrapolation_factor": 1,
-    "truncate": True,
-}
+_WITHOUT_EFFECT = {"beta_fast": 32, "beta_slow": 1, "truncate": True} | dict.fromkeys(
+    ("factor", "attention_factor", "attn_factor", "extrapolation_factor", "mscale", "mscale_all_dim"), 1
+)
 """What leaves the frequencies as they are for every reader: defaults written out."""
 _BEFORE_BASES = r"4\.([0-9]|[12][0-9]|3[0-2])\."
 """Versions of Transformers in which Llama's config had no base: it was 10000 for every model."""
@@ -55,11 +54,11 @@ def check_settings(source: Source, target_length: int | None) -> Iterator[Findin
         if not isinstance(kind, str) or kind not in _NEEDS:
             continue
         yield from _values(source, kind, where, read)
+        yield from _keys(source, kind, where, label, written)
         if kind == "default":
             continue
         yield from _base(source, kind, where, written, read)
         yield from check_part(source, kind, where, written, read)
-        yield from _keys(source, kind, where, label, written)
         yield from _behaviour(source, kind, where, read)
     yield from check_other_lengths(source)
     yield from check_windows(source, target_length)
@@ -146,10 +145,13 @@ def _keys(source: Source, kind: str, where: str, label: str, written: dict) -> I
         unread.add("truncate")
     if unread:
         hint = " The final factor on cosine and sine is called `attention_factor`." if "attn_factor" in unread else ""
+        fix = "Remove them, or spell them as Transformers does; a server that reads them computes something else."
+        if kind == "default" and not {"rope_type", "type"} & written.keys():
+            fix = "Add the `rope_type` that they belong to; without one nothing is scaled."
         yield found(
             "RS107",
             f"Transformers does not read {', '.join(f'`{key}`' for key in sorted(unread))} for {kind!r}{where}.{hint}",
-            "Take them out, or spell them as Transformers does; a server that reads them computes something else.",
+            fix,
         )
 
 

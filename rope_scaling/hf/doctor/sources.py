@@ -12,7 +12,7 @@ from typing import Any
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.loading import load_config, model_source
 from rope_scaling.hf.loud import is_loud, unwarned
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.pretrained import RECORD_KEY, text_config
 from rope_scaling.hf.rope_types import type_of
 
 
@@ -81,7 +81,7 @@ def read_source(name: str) -> Source:
         return Source(name, {}, None, files=files)
     try:
         with unwarned():
-            config = load_config(name).get_text_config()
+            config = text_config(load_config(name))
     except (RopeScalingError, RecursionError) as error:
         return Source(name, _section(raw), None, str(error), files=files)
     return _source(name, _section(raw), config, files)
