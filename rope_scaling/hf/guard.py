@@ -58,7 +58,8 @@ class Guard:
         self._parents = [_parent(model, slot.path) for slot in slots]
         self._in_use: list[tuple[Any, ...]] = [slot.in_use() for slot in slots]
         self._attending = [one for one in decoder.modules() if hasattr(one, "layer_idx") and "config" in vars(one)]
-        self._holders = [one for one in model.modules() if _records(vars(one).get("config"))]
+        saving = (one for one in model.modules() if hasattr(one, "save_pretrained"))
+        self._holders = [one for one in saving if _records(vars(one).get("config"))]
         self._states = [config_state(one.config.get_text_config()) for one in self._holders]
         self._stated: list[tuple[Any, ...]] = [_stated(one) for one in self._holders]
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -100,8 +101,9 @@ class Guard:
     def problems(self, decoder: Any, deep: bool = False) -> Iterator[str]:
         """Everything that is no longer as the patch left it; `deep` compares values where identities are the same."""
         if self.program is not None:
-            now = [module.config._attn_implementation for module in (decoder, *self._attending)]
-            if others := [name for name in now if name != self.attention]:
+            configs = {id(config := vars(module)["config"]): config for module in (decoder, *self._attending)}
+            names = [config._attn_implementation for config in configs.values()]
+            if others := [name for name in names if name != self.attention]:
                 yield self._turned_off(decoder, others[0])
             elif installed(decoder) is not self.program:
                 yield f"The forward hook of {type(decoder).__name__} was removed, which turns {self.method} off."
@@ -204,8 +206,9 @@ def _records(config: Any) -> bool:
 
 def _stated(holder: Any) -> tuple[Any, ...]:
     """What a module's config says of the patch, for telling by identity whether it was replaced."""
-    text = holder.config.get_text_config()
-    return holder.config, *(getattr(text, name, None) for name in ("rope_parameters", RECORD_KEY))
+    config = vars(holder)["config"]
+    text = config.get_text_config() if config.sub_configs else config
+    return config, *(vars(text).get(name) for name in ("rope_parameters", RECORD_KEY))
 
 
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
