@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import NOTED, installed
+from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
 from rope_scaling.hf.configs import config_state
 from rope_scaling.hf.host import caches_of
@@ -88,8 +88,14 @@ class Guard:
             self._check_cache(cache)
 
     def after(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """After a forward call: marks the layers of its cache, those that the call itself made among them."""
+        """After a forward call: marks the layers of its cache, those that the call itself made among them.
+
+        Raises:
+            RopeScalingError: the attention of a layer did not come through the engine.
+        """
         if not torch.compiler.is_compiling() and NOTED.get() is None:
+            if isinstance(call := kwargs.get(CALL), Call) and not decoder.training:
+                self._check_attended(decoder, call)
             for cache in caches_of(decoder, args, kwargs, output):
                 for layer in cache.layers:
                     if vars(layer).get(_MARK) != self.frequencies:
@@ -137,6 +143,15 @@ class Guard:
             f"The attention implementation of {type(decoder).__name__} was set to {name!r} after the patch, which "
             f"turns {self.method} off."
         )
+
+    def _check_attended(self, decoder: Any, call: Call) -> None:
+        count = min(len(self.program.layers), decoder.config.num_hidden_layers)  # fewer in an early exit
+        if len(call.attended) < count - len(self.program.silent):
+            missed = min(set(range(count)) - call.attended - self.program.silent)
+            raise RopeScalingError(
+                f"The attention of layer {missed} of {type(decoder).__name__} was computed by other code: its "
+                f"`forward` was replaced, so {self.method} was off there. {_AGAIN}"
+            )
 
     def _check_cache(self, cache: Any) -> None:
         for layer in cache.layers:
