@@ -7,6 +7,7 @@ answering without it. A cache belongs to the frequencies that its keys were rota
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import weakref
@@ -21,7 +22,6 @@ from torch import nn
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
-from rope_scaling.hf.configs import config_state
 from rope_scaling.hf.host import caches_of
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.program import SpanProgram
@@ -60,8 +60,8 @@ class Guard:
         self._attending = [one for one in decoder.modules() if hasattr(one, "layer_idx") and "config" in vars(one)]
         saving = (one for one in model.modules() if hasattr(one, "save_pretrained"))
         self._holders = [one for one in saving if _records(vars(one).get("config"))]
-        self._states = [config_state(one.config.get_text_config()) for one in self._holders]
         self._stated: list[tuple[Any, ...]] = [_stated(one) for one in self._holders]
+        self._values = [copy.deepcopy(stated[1:]) for stated in self._stated]
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Guard:
             stated = _stated(holder)
             if not deep and _same(stated, self._stated[index]):
                 continue
-            if config_state(holder.config.get_text_config()) != self._states[index]:
+            if stated[1:] != self._values[index]:
                 yield (
                     f"The config of {type(holder).__name__} was replaced or edited after the patch and no longer "
                     f"states it, so a saved model would lose {self.method}."

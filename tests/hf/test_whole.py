@@ -172,6 +172,7 @@ def test_what_changes_nothing_does_not_raise(name):
     assert torch.equal(logits(copy.deepcopy(model)), wanted)
     assert close(logits(pickle.loads(pickle.dumps(model))), wanted)
     model.load_state_dict(model.state_dict())
+    model.config.max_position_embeddings, model.config.use_cache = 9999, False
     model.to(torch.float64).to(torch.float32)
     assert torch.equal(logits(model), wanted) and diagnose(model).healthy
 
