@@ -33,8 +33,10 @@ from rope_scaling.recipes import card
 from rope_scaling.recipes.callbacks import Epochs, PositionLosses, StopOnInterrupt, memory_gb
 from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts
 from rope_scaling.recipes.config import Recipe, read_recipe
+from rope_scaling.recipes.failures import from_worker, saving, stopped
 from rope_scaling.recipes.measure import Measured
 from rope_scaling.recipes.preflight import check_patched, check_recipe, check_sharded
+from rope_scaling.recipes.processes import gather, only_first_loads, patient_group, whole_weights
 from rope_scaling.recipes.sequences import evaluation_documents, make_collator, training_data
 from rope_scaling.training import PoseCollator
 
@@ -58,6 +60,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     arguments = training_arguments(recipe, output_dir)
     set_seed(arguments.seed)
     main_process = arguments.process_index == 0
+    patient_group()
 
     # Everything that can be refused, without weights; then what it is trained and measured on.
     rehearsal = rehearse(recipe)
@@ -68,15 +71,17 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     collator = make_collator(recipe, tokenizer, target)
 
     # The model as it arrives, then patched; its losses either way.
-    model = load(recipe, arguments.device)
+    only_first = only_first_loads()
+    model: Any = load(recipe, arguments.device) if main_process or not only_first else None
     measured = Measured(recipe, name, documents, lengths, trained, output_dir, resume)
-    if main_process:
-        measured.take("unpatched", model)
-    apply_patch(recipe, model)
-    if main_process:
-        measured.take("before", model)
+    measured.take("unpatched", model)
+    if model is not None:
+        apply_patch(recipe, model)
+    measured.take("before", model)
 
     # What is trained.
+    if only_first:
+        model = unsharded(recipe, model, rehearsal)
     saved_dtype = model.dtype
     trainable = prepare(recipe, model.to(getattr(torch, recipe.train_dtype)))
     facts = run_facts(recipe, model, dataset)
@@ -94,21 +99,25 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     minutes = train(trainer, checkpoint)
 
     # The result, measured as its users will load it.
-    finish(recipe, trainer, tokenizer, saved_dtype, target)
+    with saving(trainer):
+        finish(recipe, trainer, tokenizer, saved_dtype, target)
+    gather(None)  # all of it is on disk, which other machines may not see
+    loads = main_process or (not only_first and (output_dir / "tokenizer_config.json").exists())
+    measured.take("after", reload(recipe, output_dir).to(arguments.device) if loads else None)
     if not main_process:
         return []
-    measured.take("after", reload(recipe, output_dir).to(arguments.device))
     state = trainer.state
-    rows = measured.rows(
-        {
-            **facts,
-            "trained_tokens": int(state.num_input_tokens_seen),
-            "steps": state.global_step,
-            "minutes": round(minutes, 2),
-            "target_length": target,
-        }
-    )
-    card.write(recipe, name, rows, output_dir)
+    with saving(trainer):
+        rows = measured.rows(
+            {
+                **facts,
+                "trained_tokens": int(state.num_input_tokens_seen),
+                "steps": state.global_step,
+                "minutes": round(minutes, 2),
+                "target_length": target,
+            }
+        )
+        card.write(recipe, name, rows, output_dir)
     return rows
 
 
@@ -116,18 +125,19 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
     """Trains to the end, and returns the minutes it took.
 
     Raises:
-        RopeScalingError: the disk is full, or Ctrl-C stopped the run after saving.
+        RopeScalingError: saving or reading failed, memory ran out, or Ctrl-C stopped the run after saving.
     """
     interrupt = StopOnInterrupt()
     trainer.add_callback(interrupt)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except OSError as error:
-        raise RopeScalingError(
-            f"Saving failed at step {trainer.state.global_step}: {error}. The last whole checkpoint is untouched; "
-            "make room and add `--resume`."
-        ) from error
+    except Exception as error:  # data come from anywhere, and may fail in any way
+        if isinstance(error, RopeScalingError) and not from_worker(error):
+            raise
+        raise stopped(trainer, error) from error
+    finally:
+        interrupt.restore()
     if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
         raise RopeScalingError(
             f"Stopped and saved at step {trainer.state.global_step} of {trainer.state.max_steps}. The same command "
@@ -137,7 +147,11 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
 
 
 class LongContextTrainer(Trainer):
-    """Stops at a loss that is not finite, and logs memory."""
+    """Stops at a loss that is not finite, says why saving failed, and logs memory."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(self):
+            super()._save_checkpoint(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -215,6 +229,20 @@ def load(recipe: Recipe, device: torch.device) -> Any:
     """The model as it arrives."""
     extra: dict[str, Any] = {} if recipe.revision is None else {"revision": recipe.revision}
     return load_model(recipe.model, device=str(device), config=config_of(recipe), **extra)
+
+
+def unsharded(recipe: Recipe, model: Any, rehearsal: Rehearsal) -> Any:
+    """What a process gives to be sharded: the first one its patched model, from main memory; the others one without
+    weights, which the first one's are sent to."""
+    if model is not None:
+        return model.to("cpu")
+    if not patched_in_attention(rehearsal.model):
+        return rehearsal.model
+    # How attention is changed depends on how the model rotates, which only a model with weights shows.
+    with whole_weights():
+        model = load(recipe, torch.device("cpu"))
+    apply_patch(recipe, model)
+    return model
 
 
 def config_of(recipe: Recipe) -> Any:
