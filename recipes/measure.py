@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.documents import Documents
+from rope_scaling.errors import RopeScalingError, cause_of
+from rope_scaling.eval.documents import Document, Documents
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.rows import (
     SCHEMA,
@@ -21,6 +21,7 @@ from rope_scaling.eval.rows import (
     write_rows,
 )
 from rope_scaling.hf.patch import patch_as_recorded, patch_record, unpatch
+from rope_scaling.recipes.checkpoints import saving
 from rope_scaling.recipes.config import Recipe
 from rope_scaling.recipes.processes import gather, rank
 
@@ -70,20 +71,14 @@ class Measured:
         holders = [index for index, found in enumerate(known) if found is not None]
         missing = [one for one in self.documents.items if one.sha256 not in curves]
         mine = [] if model is None else missing[holders.index(rank()) :: len(holders)]
-        if mine:
-            model.eval()
-        size = self.recipe.evaluation.chunk_size
-        for found in gather({one.sha256: nll_curve(model, one.ids[None], size)[0].numpy() for one in mine}):
+        for found in gather(self._measure(stage, model, mine)):
             curves |= found
         if not all(np.isfinite(curve).all() for curve in curves.values()):
             raise RopeScalingError(f"The model gives losses that are not finite ({stage}): nothing to compare.")
         self._curves[stage] = [curves[one.sha256] for one in self.documents.items]
         if missing and rank() == 0:
-            path = self._path(stage, self._frequencies[stage])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **curves)  # type: ignore[arg-type]
-            write_atomically(path, buffer.getvalue())
+            with saving(self.folder):
+                self._write(self._path(stage, self._frequencies[stage]), curves)
 
     def _known(self, stage: str, model: Any) -> tuple[str, dict[str, np.ndarray]]:
         """A hash of the model's frequencies, and in the first process what was measured with them before."""
@@ -93,6 +88,26 @@ class Measured:
             return frequencies, {}
         with np.load(path) as stored:
             return frequencies, {one.sha256: stored[one.sha256] for one in self.documents.items}
+
+    def _measure(self, stage: str, model: Any, documents: list[Document]) -> dict[str, np.ndarray]:
+        if documents:
+            model.eval()
+        size = self.recipe.evaluation.chunk_size
+        try:
+            return {one.sha256: nll_curve(model, one.ids[None], size)[0].numpy() for one in documents}
+        except Exception as error:
+            if (cause := cause_of(error)).kind != "memory":
+                raise
+            raise RopeScalingError(
+                f"Measuring the model ({stage}) ran out of memory: {cause.reason} Give a smaller "
+                "`evaluation.chunk_size`, or shorter `evaluation.lengths`."
+            ) from error
+
+    def _write(self, path: Path, curves: dict[str, np.ndarray]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **curves)  # type: ignore[arg-type]
+        write_atomically(path, buffer.getvalue())
 
     def _path(self, stage: str, frequencies: str) -> Path:
         return self.folder / "curves" / f"{stage}-{documents_sha256(self.documents)}-{frequencies}.npz"

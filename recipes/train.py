@@ -40,9 +40,9 @@ from rope_scaling.hf.patch import patch, patch_record, patched_in_attention
 from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 from rope_scaling.recipes import card
 from rope_scaling.recipes.callbacks import Epochs, PositionLosses, StopOnInterrupt, memory_gb
-from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts
+from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts, saving
 from rope_scaling.recipes.config import Recipe, read_recipe
-from rope_scaling.recipes.failures import from_worker, saving, stopped
+from rope_scaling.recipes.failures import from_worker, stopped
 from rope_scaling.recipes.measure import Measured
 from rope_scaling.recipes.preflight import check_patched, check_recipe, check_sharded
 from rope_scaling.recipes.processes import gather, only_first_loads, patient_group
@@ -108,7 +108,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     minutes = train(trainer, checkpoint)
 
     # The result, measured as its users will load it.
-    with saving(trainer):
+    with saving(output_dir, trainer.state.global_step):
         finish(recipe, trainer, tokenizer, saved_dtype, target)
     gather(None)  # all of it is on disk, which other machines may not see
     loads = main_process or (not only_first and (output_dir / "tokenizer_config.json").exists())
@@ -116,7 +116,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     if not main_process:
         return []
     state = trainer.state
-    with saving(trainer):
+    with saving(output_dir, trainer.state.global_step):
         rows = measured.rows(
             {
                 **facts,
@@ -144,7 +144,9 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
     except Exception as error:  # data come from anywhere, and may fail in any way
         if isinstance(error, RopeScalingError) and not from_worker(error):
             raise
-        raise stopped(trainer, error) from error
+        if (told := stopped(trainer, error)) is None:
+            raise
+        raise told from error
     finally:
         interrupt.restore()
     if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
@@ -159,7 +161,7 @@ class LongContextTrainer(Trainer):
     """Stops at a loss that is not finite, says why saving failed, and logs memory."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with saving(self):
+        with saving(Path(str(self.args.output_dir)), self.state.global_step):
             super()._save_checkpoint(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

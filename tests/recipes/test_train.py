@@ -22,7 +22,7 @@ from rope_scaling import RopeScalingError
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
-from rope_scaling.recipes import checkpoints, train
+from rope_scaling.recipes import checkpoints, measure, train
 from rope_scaling.recipes.checkpoints import MARKER
 from rope_scaling.recipes.config import read_recipe
 from rope_scaling.recipes.train import finetune
@@ -339,6 +339,15 @@ def test_what_stops_training_is_named_as_what_it_is(place, tmp_path, monkeypatch
     assert error.args[-1] in message or str(error) in message
     assert remedy in message and "Saving" not in message and "Traceback" not in message
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_no_memory_to_measure_in(place, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure, "nll_curve", full)
+    with pytest.raises(RopeScalingError, match=r"\(unpatched\) ran out of memory: .* smaller `evaluation.chunk_size`"):
+        run(place, tmp_path / "out")
 
 
 def test_an_error_of_the_code_is_not_dressed_up(place, tmp_path, monkeypatch):
