@@ -43,10 +43,10 @@ def sharded(arguments):
     ids = torch.arange(100).reshape(2, 50)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     if rank() == 0:
-        model = train.load(recipe, torch.device("cpu"))
+        model = train.load(recipe, torch.device("cpu"), 256)
         train.apply_patch(recipe, model)
         wanted = float(model(**inputs).loss)
-    model = train.unsharded(recipe, model, rehearsal)
+    model = train.unsharded(model, rehearsal)
     held = sum(one.numel() for one in model.parameters() if not one.is_meta)
     trainable = prepared(train.prepare(recipe, model), rank(), 2)
     loss = trainable(**inputs).loss
