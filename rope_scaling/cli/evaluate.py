@@ -166,12 +166,16 @@ def _with_progress(
     )
     started = time.monotonic()
     shown = runner.process_state().is_main_process
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bars:
+    console = Console(stderr=True)
+    lines = _Lines(total) if shown and not console.is_terminal else None
+    with Progress(*columns, console=console, transient=True, disable=not shown or lines is not None) as bars:
         bar = bars.add_task("", total=total, rate="")
 
         def advance(label: str, tokens: int) -> None:
             done = bars.tasks[0].completed + tokens
             bars.update(bar, advance=tokens, description=label, rate=f"{done / (time.monotonic() - started):,.0f}")
+            if lines is not None:
+                lines.advance(label, tokens)
 
         try:
             _, measured = runner.evaluate(model, work, specs, config, folder, advance, fresh)
@@ -181,6 +185,27 @@ def _with_progress(
             print(f"Interrupted. The same command{again} resumes where it stopped.", file=sys.stderr)
             raise
     return measured
+
+
+class _Lines:
+    """Progress for a log: a line when a method begins, and one every half minute."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.label = total, 0, ""
+        self.started = self.told = time.monotonic()
+
+    def advance(self, label: str, tokens: int) -> None:
+        """Tokens of one item were scored."""
+        self.done += tokens
+        now = time.monotonic()
+        if label != self.label or now - self.told > 30:
+            self.label, self.told = label, now
+            left = (now - self.started) * (self.total / self.done - 1)
+            print(
+                f"{self.done / self.total:4.0%}  {label}, about {left / 60:.1f} minutes left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _say_what_was_found(measured: list[Any], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,9 @@ def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path, co
         "1x,128,4x",
     )
     assert done.returncode == 0, done.stderr
+    progress = [line for line in done.stderr.splitlines() if "minutes left" in line]  # a log, not a terminal
+    assert [line.split()[1].strip(",") for line in progress] == ["unpatched", "cropping", "yarn", "linear"]
+    assert re.match(r" *\d+%  unpatched, about \d+\.\d minutes left$", progress[0])
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "settings.json",
         "rows.jsonl",
