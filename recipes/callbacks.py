@@ -13,6 +13,7 @@ from rope_scaling.eval.documents import Document
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.report import length_name
 from rope_scaling.eval.rows import position_buckets
+from rope_scaling.recipes.processes import any_process
 from rope_scaling.training import PoseCollator
 
 
@@ -63,7 +64,7 @@ class Epochs(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the step, saves and stops; the second ends at once."""
+    """The first Ctrl-C ends the step, saves and stops, in all processes; the second ends this one at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -77,17 +78,21 @@ class StopOnInterrupt(TrainerCallback):
 
     def _stop(self, *_: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._before or signal.SIG_DFL)
+        self.restore()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # The signal reaches processes at different times, or one of them only, and saving takes all of them.
+        self.asked = any_process(self.asked, args.device)
         if self.asked:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+    def restore(self) -> None:
+        """Puts back what handled the signal before; also after training that failed."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+            self._before = None
 
 
 def memory_gb() -> float:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, cause_of, first_line, system_error
 from rope_scaling.eval.rows import frequencies_sha256, write_atomically
 from rope_scaling.hf.patch import patch_record
 from rope_scaling.recipes.config import Recipe
@@ -47,6 +50,51 @@ def run_facts(recipe: Recipe, model: Any, dataset: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def saving(folder: Path, step: int = 0) -> Iterator[None]:
+    """Names a disk that cannot be written to, and removes the checkpoint of that step if it is not whole.
+
+    Args:
+        folder (`Path`): That of the run.
+        step (`int`): Where training is, if it has begun.
+
+    Raises:
+        RopeScalingError: writing failed; other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RopeScalingError) or not _of_the_disk(error):
+            raise
+        partial = folder / f"checkpoint-{step}"
+        if not (partial / MARKER).exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = cause_of(error)
+        remedy = cause.remedy if cause.kind == "disk" else "Check the disk."
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = f"It has {shutil.disk_usage(place).free / 2**30:.1f} GB free."
+        when = f" at step {step}" if step else ""
+        raise RopeScalingError(
+            f"Saving failed{when}: {first_line(error)} {remedy} {free} {how_to_go_on(folder)}"
+        ) from error
+
+
+def _of_the_disk(error: Exception) -> bool:
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in _WRITERS)
+    return told or (system_error(error) is not None and cause_of(error).kind != "network")
+
+
+_WRITERS = ("inline_container", "iostream error", "PytorchStreamWriter", "file write failed", "Parent directory")
+"""What PyTorch says when a file cannot be written; it drops the system's own error."""
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What to do with a run that stopped, in one sentence."""
+    if any(folder.glob(f"checkpoint-*/{MARKER}")):
+        return "The last whole checkpoint is untouched; add `--resume` to go on from it."
+    return "There is no whole checkpoint yet; start again in a new `--output-dir`."
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks a checkpoint when all of it is on disk."""
 
@@ -57,7 +105,8 @@ class WholeCheckpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_atomically(folder / MARKER, (json.dumps(self.facts, indent=1, sort_keys=True) + "\n").encode())
+            with saving(folder.parent, state.global_step):
+                write_atomically(folder / MARKER, (json.dumps(self.facts, indent=1, sort_keys=True) + "\n").encode())
 
 
 def last_checkpoint(folder: Path, facts: dict[str, Any]) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.documents import Documents
+from rope_scaling.errors import RopeScalingError, cause_of
+from rope_scaling.eval.documents import Document, Documents
 from rope_scaling.eval.perplexity import nll_curve
 from rope_scaling.eval.rows import (
     SCHEMA,
@@ -21,7 +21,9 @@ from rope_scaling.eval.rows import (
     write_rows,
 )
 from rope_scaling.hf.patch import patch_as_recorded, patch_record, unpatch
+from rope_scaling.recipes.checkpoints import saving
 from rope_scaling.recipes.config import Recipe
+from rope_scaling.recipes.processes import gather, rank
 
 
 STAGES = ("unpatched", "before", "after")
@@ -49,9 +51,14 @@ class Measured:
     def take(self, stage: str, model: Any) -> None:
         """Measures a stage, or reads what was measured before an interruption.
 
-        A patch that the model was saved with is taken off for "unpatched", and put on again.
+        All processes call it and share the documents. A patch that the model was saved with is taken off for
+        "unpatched", and put on again.
+
+        Args:
+            stage (`str`): One of `STAGES`.
+            model: `None` in processes that hold no weights of their own; the first one always holds some.
         """
-        record = patch_record(model) if stage == "unpatched" else None
+        record = patch_record(model) if stage == "unpatched" and model is not None else None
         if record is not None:
             unpatch(model)
         self._take(stage, model)
@@ -59,22 +66,51 @@ class Measured:
             patch_as_recorded(model, record)
 
     def _take(self, stage: str, model: Any) -> None:
-        self._frequencies[stage] = frequencies_sha256(model)
-        path = self.folder / "curves" / f"{stage}-{documents_sha256(self.documents)}-{self._frequencies[stage]}.npz"
-        if path.exists() and self.resume and stage != "after":
-            with np.load(path) as stored:
-                self._curves[stage] = [stored[document.sha256] for document in self.documents.items]
-            return
-        model.eval()
-        size = self.recipe.evaluation.chunk_size
-        curves = {one.sha256: nll_curve(model, one.ids[None], size)[0].numpy() for one in self.documents.items}
+        known = gather(None if model is None else self._known(stage, model))
+        self._frequencies[stage], curves = known[0] or ("", {})
+        holders = [index for index, found in enumerate(known) if found is not None]
+        missing = [one for one in self.documents.items if one.sha256 not in curves]
+        mine = [] if model is None else missing[holders.index(rank()) :: len(holders)]
+        for found in gather(self._measure(stage, model, mine)):
+            curves |= found
         if not all(np.isfinite(curve).all() for curve in curves.values()):
             raise RopeScalingError(f"The model gives losses that are not finite ({stage}): nothing to compare.")
+        self._curves[stage] = [curves[one.sha256] for one in self.documents.items]
+        if missing and rank() == 0:
+            with saving(self.folder):
+                self._write(self._path(stage, self._frequencies[stage]), curves)
+
+    def _known(self, stage: str, model: Any) -> tuple[str, dict[str, np.ndarray]]:
+        """A hash of the model's frequencies, and in the first process what was measured with them before."""
+        frequencies = frequencies_sha256(model)
+        path = self._path(stage, frequencies)
+        if rank() > 0 or not self.resume or stage == "after" or not path.exists():
+            return frequencies, {}
+        with np.load(path) as stored:
+            return frequencies, {one.sha256: stored[one.sha256] for one in self.documents.items}
+
+    def _measure(self, stage: str, model: Any, documents: list[Document]) -> dict[str, np.ndarray]:
+        if documents:
+            model.eval()
+        size = self.recipe.evaluation.chunk_size
+        try:
+            return {one.sha256: nll_curve(model, one.ids[None], size)[0].numpy() for one in documents}
+        except Exception as error:
+            if (cause := cause_of(error)).kind != "memory":
+                raise
+            raise RopeScalingError(
+                f"Measuring the model ({stage}) ran out of memory: {cause.reason} Give a smaller "
+                "`evaluation.chunk_size`, or shorter `evaluation.lengths`."
+            ) from error
+
+    def _write(self, path: Path, curves: dict[str, np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **curves)  # type: ignore[arg-type]
         write_atomically(path, buffer.getvalue())
-        self._curves[stage] = list(curves.values())
+
+    def _path(self, stage: str, frequencies: str) -> Path:
+        return self.folder / "curves" / f"{stage}-{documents_sha256(self.documents)}-{frequencies}.npz"
 
     def rows(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Every stage against the unpatched model, and the trained one against itself before; written to disk."""

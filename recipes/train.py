@@ -40,10 +40,12 @@ from rope_scaling.hf.patch import patch, patch_record, patched_in_attention
 from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 from rope_scaling.recipes import card
 from rope_scaling.recipes.callbacks import Epochs, PositionLosses, StopOnInterrupt, memory_gb
-from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts
+from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts, saving
 from rope_scaling.recipes.config import Recipe, read_recipe
+from rope_scaling.recipes.failures import from_worker, stopped
 from rope_scaling.recipes.measure import Measured
 from rope_scaling.recipes.preflight import check_patched, check_recipe, check_sharded
+from rope_scaling.recipes.processes import gather, only_first_loads, patient_group, whole_weights
 from rope_scaling.recipes.sequences import evaluation_documents, make_collator, training_data
 from rope_scaling.training import PoseCollator
 
@@ -67,6 +69,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     arguments = training_arguments(recipe, output_dir)
     set_seed(arguments.seed)
     main_process = arguments.process_index == 0
+    patient_group()
 
     # Everything that can be refused, without weights; then what it is trained and measured on.
     rehearsal = rehearse(recipe)
@@ -76,16 +79,18 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     documents = evaluation_documents(recipe, tokenizer, lengths)
     collator = make_collator(recipe, tokenizer, target)
 
-    # The model as it arrives, then patched; its losses either way.
-    model = load(recipe, arguments.device, lengths[-1])
+    # The model without a patch, then patched; its losses either way.
+    only_first = only_first_loads()
+    model: Any = load(recipe, arguments.device, lengths[-1]) if main_process or not only_first else None
     measured = Measured(recipe, name, documents, lengths, trained, output_dir, resume)
-    if main_process:
-        measured.take("unpatched", model)
-    apply_patch(recipe, model)
-    if main_process:
-        measured.take("before", model)
+    measured.take("unpatched", model)
+    if model is not None:
+        apply_patch(recipe, model)
+    measured.take("before", model)
 
     # What is trained.
+    if only_first:
+        model = unsharded(recipe, model, rehearsal)
     saved_dtype = stored_dtype(config_of(recipe)) or model.dtype
     trainable = prepare(recipe, model.to(train_dtype(recipe, arguments.device)))
     facts = run_facts(recipe, model, dataset)
@@ -103,21 +108,25 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     minutes = train(trainer, checkpoint)
 
     # The result, measured as its users will load it.
-    finish(recipe, trainer, tokenizer, saved_dtype, target)
+    with saving(output_dir, trainer.state.global_step):
+        finish(recipe, trainer, tokenizer, saved_dtype, target)
+    gather(None)  # all of it is on disk, which other machines may not see
+    loads = main_process or (not only_first and (output_dir / "tokenizer_config.json").exists())
+    measured.take("after", reload(recipe, output_dir, arguments.device, lengths[-1]) if loads else None)
     if not main_process:
         return []
-    measured.take("after", reload(recipe, output_dir, arguments.device, lengths[-1]))
     state = trainer.state
-    rows = measured.rows(
-        {
-            **facts,
-            "trained_tokens": int(state.num_input_tokens_seen),
-            "steps": state.global_step,
-            "minutes": round(minutes, 2),
-            "target_length": target,
-        }
-    )
-    card.write(recipe, name, rows, output_dir)
+    with saving(output_dir, trainer.state.global_step):
+        rows = measured.rows(
+            {
+                **facts,
+                "trained_tokens": int(state.num_input_tokens_seen),
+                "steps": state.global_step,
+                "minutes": round(minutes, 2),
+                "target_length": target,
+            }
+        )
+        card.write(recipe, name, rows, output_dir)
     return rows
 
 
@@ -125,18 +134,21 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
     """Trains to the end, and returns the minutes it took.
 
     Raises:
-        RopeScalingError: the disk is full, or Ctrl-C stopped the run after saving.
+        RopeScalingError: saving or reading failed, memory ran out, or Ctrl-C stopped the run after saving.
     """
     interrupt = StopOnInterrupt()
     trainer.add_callback(interrupt)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except OSError as error:
-        raise RopeScalingError(
-            f"Saving failed at step {trainer.state.global_step}: {error}. The last whole checkpoint is untouched; "
-            "make room and add `--resume`."
-        ) from error
+    except Exception as error:  # data come from anywhere, and may fail in any way
+        if isinstance(error, RopeScalingError) and not from_worker(error):
+            raise
+        if (told := stopped(trainer, error)) is None:
+            raise
+        raise told from error
+    finally:
+        interrupt.restore()
     if interrupt.asked and trainer.state.global_step < trainer.state.max_steps:
         raise RopeScalingError(
             f"Stopped and saved at step {trainer.state.global_step} of {trainer.state.max_steps}. The same command "
@@ -146,7 +158,11 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
 
 
 class LongContextTrainer(Trainer):
-    """Stops at a loss that is not finite, and logs memory."""
+    """Stops at a loss that is not finite, says why saving failed, and logs memory."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(Path(str(self.args.output_dir)), self.state.global_step):
+            super()._save_checkpoint(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -227,8 +243,8 @@ def rehearse(recipe: Recipe) -> Rehearsal:
     return Rehearsal(model, tokenizer, trained, target)
 
 
-def load(recipe: Recipe, device: torch.device, length: int) -> Any:
-    """The model as it was saved, for texts of up to `length` tokens."""
+def load(recipe: Recipe, device: torch.device, length: int | None = None) -> Any:
+    """The model as it was saved; to be measured on texts of up to `length` tokens."""
     return load_model(recipe.model, device=str(device), config=config_of(recipe), length=length, **_revision(recipe))
 
 
@@ -241,6 +257,20 @@ def train_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def _revision(recipe: Recipe) -> dict[str, Any]:
     return {} if recipe.revision is None else {"revision": recipe.revision}
+
+
+def unsharded(recipe: Recipe, model: Any, rehearsal: Rehearsal) -> Any:
+    """What a process gives to be sharded: the first one its patched model, from main memory; the others one without
+    weights, which the first one's are sent to."""
+    if model is not None:
+        return model.to("cpu")
+    if not patched_in_attention(rehearsal.model):
+        return rehearsal.model
+    # How attention is changed depends on how the model rotates, which only a model with weights shows.
+    with whole_weights():
+        model = load(recipe, torch.device("cpu"))
+    apply_patch(recipe, model)
+    return model
 
 
 def config_of(recipe: Recipe) -> Any:

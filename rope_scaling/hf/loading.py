@@ -238,7 +238,7 @@ def _class_of(name: str, config: Any) -> Any:
         if cls is not None and type(config) is getattr(cls, "config_class", None):
             return cls
     for mapping in (getattr(transformers, auto)._model_mapping for auto in _AUTO_CLASSES):
-        known = mapping[type(config)] if type(config) in mapping else ()
+        known = mapping.get(type(config), ())
         for cls in known if isinstance(known, (list, tuple)) else [known]:
             if type(config) is (cls.config_class or type(config)):
                 return cls

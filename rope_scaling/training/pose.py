@@ -59,7 +59,7 @@ def pose_positions(
 class PoseCollator:
     """Batches sequences for PoSE: fresh skips in every epoch, the same however batches are made.
 
-    The skips of a sequence follow from `seed`, the epoch and its tokens, so they do not depend on batch size, on loader
+    The skips of a sequence follow from `seed`, the epoch and its tokens. They do not depend on batch size, on loader
     workers, on the number of processes, or on where a run was resumed. Call `set_epoch` as each epoch begins, as for
     `torch.utils.data.DistributedSampler`; without it, every epoch repeats the first one's skips.
 

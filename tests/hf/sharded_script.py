@@ -73,4 +73,5 @@ def main():
         print(json.dumps({"kept": kept, "loss": abs(float(found - loss)), "gradients": max(differences)}))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,28 +2,30 @@
 
 import json
 import os
-import shutil
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import requests
 import torch
 from conftest import _COMMON
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 
 import rope_scaling
 from rope_scaling import RopeScalingError
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
-from rope_scaling.recipes import checkpoints
+from rope_scaling.recipes import checkpoints, measure, train
 from rope_scaling.recipes.checkpoints import MARKER
 from rope_scaling.recipes.config import read_recipe
-from rope_scaling.recipes.train import LongContextTrainer, finetune
+from rope_scaling.recipes.train import finetune
 
 
 WORDS = ["one", "two", "three", "import", "return", "self", "value", "(", ")", ":", "\n"]
@@ -265,18 +267,94 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(place, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path, monkeypatch):
-    save = LongContextTrainer._save_checkpoint
+    save = Trainer._save_checkpoint
 
     def full(self, *arguments, **more):
+        save(self, *arguments, **more)
         if self.state.global_step > 2:
             raise OSError(28, "No space left on device")
-        return save(self, *arguments, **more)
 
-    monkeypatch.setattr(LongContextTrainer, "_save_checkpoint", full)
-    with pytest.raises(RopeScalingError, match="Saving failed at step 4: .*No space left.* add `--resume`"):
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    with pytest.raises(
+        RopeScalingError, match="Saving failed at step 4: .*No space left.* Make room .* add `--resume`"
+    ):
         run(place, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     assert len(run(place, tmp_path / "out", resume=True)) > 0
+
+
+@pytest.mark.parametrize("room", [0.5, 1.5], ids=["weights do not fit", "optimizer does not fit"])
+def test_a_file_that_cannot_be_written(place, tmp_path, room):
+    """A limit on the size of files, met by what really writes them."""
+    size = int(room * (place / "model" / "model.safetensors").stat().st_size)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(
+            RopeScalingError, match="Saving failed at step 2: .* GB free. There is no whole checkpoint"
+        ):
+            run(place, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+class Failing(torch.utils.data.Dataset):
+    """Rows that can be read once, and a few of them a second time."""
+
+    def __init__(self, rows, error):
+        self.rows, self.error, self.reads = rows, error, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads > len(self) + 9:
+            raise self.error
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy", "workers"),
+    [
+        (requests.ConnectionError("Connection reset by peer"), "Check the connection.", 0),
+        (requests.ConnectionError("Connection reset by peer"), "Check the connection.", 1),
+        (FileNotFoundError(2, "No such file or directory", "shard-7.bin"), "Put the file back.", 0),
+        (OSError(28, "No space left on device"), "Make room on the disk.", 0),
+        (torch.OutOfMemoryError("CUDA out of memory."), "a smaller `training.per_device_train_batch_size`", 0),
+    ],
+)
+def test_what_stops_training_is_named_as_what_it_is(place, tmp_path, monkeypatch, error, remedy, workers):
+    read = train.training_data
+    monkeypatch.setattr(train, "training_data", lambda *given: Failing(read(*given), error))
+    overrides = ["data.max_sequences=24", f"training.dataloader_num_workers={workers}"]
+    overrides += ["training.save_steps=1", "training.dataloader_prefetch_factor=1"][: 1 + workers]
+    with pytest.raises(RopeScalingError, match=r"Training stopped at step \d: .*add `--resume`") as caught:
+        run(place, tmp_path / "out", *overrides)
+    message = str(caught.value)
+    assert error.args[-1] in message or str(error) in message
+    assert remedy in message and "Saving" not in message and "Traceback" not in message
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_no_memory_to_measure_in(place, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure, "nll_curve", full)
+    with pytest.raises(RopeScalingError, match=r"\(unpatched\) ran out of memory: .* smaller `evaluation.chunk_size`"):
+        run(place, tmp_path / "out")
+
+
+def test_an_error_of_the_code_is_not_dressed_up(place, tmp_path, monkeypatch):
+    read = train.training_data
+    monkeypatch.setattr(train, "training_data", lambda *given: Failing(read(*given), IndexError("list index")))
+    with pytest.raises(IndexError, match="list index"):
+        run(place, tmp_path / "out", "data.max_sequences=24")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path):
@@ -289,6 +367,59 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place, tmp_path):
     assert process.returncode == 1
     assert "Stopped and saved at step" in errors and "`--resume` goes on" in errors and "Traceback" not in errors
     assert list((tmp_path / "out").glob(f"checkpoint-*/{MARKER}"))
+
+
+def test_a_signal_that_reaches_one_process_stops_all(place, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    overrides = ["training.max_steps=4000", "training.save_steps=1000", "training.ddp_timeout=60"]
+    process = launch(place, tmp_path / "out", *overrides, launcher=torchrun)
+    for line in process.stdout:
+        if "'loss'" in line:
+            (second,) = [one for one in psutil.Process(process.pid).children() if one.environ().get("RANK") == "1"]
+            second.send_signal(signal.SIGINT)
+            break
+    try:
+        _, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # and with it the processes that wait for each other
+        raise
+    assert errors.count("Stopped and saved at step") == 2
+    (checkpoint,) = (tmp_path / "out").glob(f"checkpoint-*/{MARKER}")
+    assert f"at step {checkpoint.parent.name.removeprefix('checkpoint-')} of" in errors
+
+
+def two_processes(place, mode, *arguments):
+    script = str(Path(__file__).with_name("two_processes.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, script, mode, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_measuring_may_take_longer_than_collectives_wait(place, tmp_path):
+    """A document takes 6 s in the first process, and collectives give up after 10."""
+    overrides = ["training.max_steps=2"]
+    two_processes(place, "slow", "--config", place / "own.yaml", *overrides, "--output-dir", tmp_path / "two")
+    rows = read_rows(tmp_path / "two" / "rows.jsonl")
+    alone = run(place, tmp_path / "one", "training.max_steps=2", "training.per_device_train_batch_size=8")
+    for row, other in zip(rows, alone, strict=True):
+        assert row["documents"] == 3 and row["nll"] == pytest.approx(other["nll"], abs=2e-3)
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_only_the_first_process_loads_what_is_sharded(place, method):
+    patch = "{method: yarn, factor: 4}" if method == "yarn" else "{method: rerope, target_length: 256}"
+    chunks = "null" if torch.__version__ < (2, 13) else "64"
+    out = two_processes(place, "sharded", place / "own.yaml", f"patch={patch}", f"chunk_size={chunks}")
+    first, second = sorted(
+        (json.loads(line) for line in out.splitlines() if line.startswith("{")), key=lambda one: one["rank"]
+    )
+    assert first["loss"] == second["loss"] == pytest.approx(first["wanted"], abs=1e-5)
+    assert first["finite"] and second["finite"] and first["held"] > 0
+    assert (second["held"] == 0) == (method == "yarn")
 
 
 def test_a_model_that_arrives_patched(place, tmp_path):
