@@ -52,6 +52,8 @@ class Call:
         self.program, self.documents, self.stores, self.length = program, documents, stores, length
         self.cache: Any = None
         self.past = 0
+        self.attended: set[int] = set()
+        """Layers whose attention came here."""
         self._plans: dict[Hashable, Plan] = {}
 
     def plan(self, layer: int) -> Plan:
@@ -82,6 +84,7 @@ class Call:
                 "decoder got no cache under a name known here, so where those keys stand is not known. Pass the cache "
                 "to the decoder's forward call; if Transformers is newer than this library, please report its version."
             )
+        self.attended.add(layer)
         plan = self.plan(layer)
         if dropout:
             self.program.warn_of_dropout(dropout)

@@ -7,6 +7,7 @@ answering without it. A cache belongs to the frequencies that its keys were rota
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import weakref
@@ -19,9 +20,8 @@ import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import NOTED, installed
+from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
-from rope_scaling.hf.configs import config_state
 from rope_scaling.hf.host import caches_of
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.program import SpanProgram
@@ -58,9 +58,10 @@ class Guard:
         self._parents = [_parent(model, slot.path) for slot in slots]
         self._in_use: list[tuple[Any, ...]] = [slot.in_use() for slot in slots]
         self._attending = [one for one in decoder.modules() if hasattr(one, "layer_idx") and "config" in vars(one)]
-        self._holders = [one for one in model.modules() if _records(vars(one).get("config"))]
-        self._states = [config_state(one.config.get_text_config()) for one in self._holders]
+        saving = (one for one in model.modules() if hasattr(one, "save_pretrained"))
+        self._holders = [one for one in saving if _records(vars(one).get("config"))]
         self._stated: list[tuple[Any, ...]] = [_stated(one) for one in self._holders]
+        self._values = [copy.deepcopy(stated[1:]) for stated in self._stated]
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,8 +88,14 @@ class Guard:
             self._check_cache(cache)
 
     def after(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """After a forward call: marks the layers of its cache, those that the call itself made among them."""
+        """After a forward call: marks the layers of its cache, those that the call itself made among them.
+
+        Raises:
+            RopeScalingError: the attention of a layer did not come through the engine.
+        """
         if not torch.compiler.is_compiling() and NOTED.get() is None:
+            if isinstance(call := kwargs.get(CALL), Call) and not decoder.training:
+                self._check_attended(decoder, call)
             for cache in caches_of(decoder, args, kwargs, output):
                 for layer in cache.layers:
                     if vars(layer).get(_MARK) != self.frequencies:
@@ -100,8 +107,9 @@ class Guard:
     def problems(self, decoder: Any, deep: bool = False) -> Iterator[str]:
         """Everything that is no longer as the patch left it; `deep` compares values where identities are the same."""
         if self.program is not None:
-            now = [module.config._attn_implementation for module in (decoder, *self._attending)]
-            if others := [name for name in now if name != self.attention]:
+            configs = {id(config := vars(module)["config"]): config for module in (decoder, *self._attending)}
+            names = [config._attn_implementation for config in configs.values()]
+            if others := [name for name in names if name != self.attention]:
                 yield self._turned_off(decoder, others[0])
             elif installed(decoder) is not self.program:
                 yield f"The forward hook of {type(decoder).__name__} was removed, which turns {self.method} off."
@@ -122,7 +130,7 @@ class Guard:
             stated = _stated(holder)
             if not deep and _same(stated, self._stated[index]):
                 continue
-            if config_state(holder.config.get_text_config()) != self._states[index]:
+            if stated[1:] != self._values[index]:
                 yield (
                     f"The config of {type(holder).__name__} was replaced or edited after the patch and no longer "
                     f"states it, so a saved model would lose {self.method}."
@@ -135,6 +143,15 @@ class Guard:
             f"The attention implementation of {type(decoder).__name__} was set to {name!r} after the patch, which "
             f"turns {self.method} off."
         )
+
+    def _check_attended(self, decoder: Any, call: Call) -> None:
+        count = min(len(self.program.layers), decoder.config.num_hidden_layers)  # fewer in an early exit
+        if len(call.attended) < count - len(self.program.silent):
+            missed = min(set(range(count)) - call.attended - self.program.silent)
+            raise RopeScalingError(
+                f"The attention of layer {missed} of {type(decoder).__name__} was computed by other code: its "
+                f"`forward` was replaced, so {self.method} was off there. {_AGAIN}"
+            )
 
     def _check_cache(self, cache: Any) -> None:
         for layer in cache.layers:
@@ -204,8 +221,9 @@ def _records(config: Any) -> bool:
 
 def _stated(holder: Any) -> tuple[Any, ...]:
     """What a module's config says of the patch, for telling by identity whether it was replaced."""
-    text = holder.config.get_text_config()
-    return holder.config, *(getattr(text, name, None) for name in ("rope_parameters", RECORD_KEY))
+    config = vars(holder)["config"]
+    text = config.get_text_config() if config.sub_configs else config
+    return config, *(vars(text).get(name) for name in ("rope_parameters", RECORD_KEY))
 
 
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:

@@ -274,7 +274,7 @@ def test_a_cache_under_any_name_is_seen_and_one_that_is_not_is_told():
         inner(**hidden, position_embeddings=turns, **{CALL: call})
 
 
-def test_a_patch_in_another_thread_or_model_is_not_seen():
+def test_a_patch_of_another_model_is_not_seen():
     one, other = apply(strong("llama"), "rerope"), apply(strong("qwen3"), "streaming")
     first, second = logits(one), logits(other)
     assert torch.equal(logits(one), first) and torch.equal(logits(other), second)

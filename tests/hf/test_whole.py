@@ -76,6 +76,18 @@ def set_attention(model):
     model.set_attn_implementation("sdpa")
 
 
+def replace_attention_forward(model):
+    """As kernels of other libraries do."""
+    attention = model.model.layers[1].self_attn
+    stock = strong("llama").model.layers[1].self_attn.forward
+
+    def forward(*args, **kwargs):
+        kwargs.pop("rope_scaling_call")
+        return stock(*args, **kwargs)
+
+    attention.forward = forward
+
+
 BY_ALL = [
     replace_rotary,
     overwrite_buffer,
@@ -101,6 +113,31 @@ def test_what_takes_the_patch_away_raises_and_is_found(name, change):
     with pytest.raises(RopeScalingError, match="patch"):
         logits(model)
     assert codes(model) & {"RS401", "RS405"}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_attention_that_other_code_computes_raises(name):
+    model = patched(name)
+    replace_attention_forward(model)
+    with pytest.raises(RopeScalingError, match=r"The attention of layer 1 .*`forward` was replaced, so .* was off"):
+        logits(model)
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_compiled_models_notice_too(name):
+    model = patched(name)
+    compiled = torch.compile(model, backend="eager")
+    wanted = logits(model)
+    assert close(logits(compiled), wanted)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RopeScalingError, match="was set to 'sdpa' after the patch"):
+        logits(compiled)
+
+
+def test_fewer_layers_in_an_early_exit():
+    model = patched("rerope")
+    model.config.num_hidden_layers = 1
+    assert logits(model).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SPANS)
@@ -135,6 +172,7 @@ def test_what_changes_nothing_does_not_raise(name):
     assert torch.equal(logits(copy.deepcopy(model)), wanted)
     assert close(logits(pickle.loads(pickle.dumps(model))), wanted)
     model.load_state_dict(model.state_dict())
+    model.config.max_position_embeddings, model.config.use_cache = 9999, False
     model.to(torch.float64).to(torch.float32)
     assert torch.equal(logits(model), wanted) and diagnose(model).healthy
 
