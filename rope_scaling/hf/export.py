@@ -59,7 +59,13 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     settings = _settings(model, target)
     if FULL in settings["rope_parameters"]:
         settings.pop("rope_scaling", None)  # overriding it would replace the settings of all layer types
-    for name in reversed(_path_to_text_config(model)):
+    path = _path_to_text_config(model)
+    if target == "sglang" and len(path) > 1:
+        raise RopeScalingError(
+            f"SGLang overrides one level of nested configs, and the text config of this model is `{'.'.join(path)}`. "
+            "Export a folder: `export(model, folder, 'sglang')`."
+        )
+    for name in reversed(path):
         settings = {name: settings}
     return settings
 

@@ -358,3 +358,14 @@ def test_a_config_without_a_length():
     config = transformers.RecurrentGemmaConfig(**{**values, "num_hidden_layers": 3}, lru_width=64)
     with pytest.raises(RopeScalingError, match="states no `max_position_embeddings`, up to which vLLM serves a model"):
         rope_scaling.config_overrides(AutoModelForCausalLM.from_config(config), "vllm")
+
+
+def test_a_text_config_two_levels_down():
+    inner = rope_scaling.patch(make_sectioned("Qwen3VL"), "ntk", factor=4)
+    outer = torch.nn.Module()
+    outer.thinker, outer.config = inner, transformers.PreTrainedConfig()
+    outer.config.thinker_config = inner.config
+    overrides = rope_scaling.config_overrides(outer, "vllm")
+    assert overrides["thinker_config"]["text_config"] == rope_scaling.config_overrides(inner, "vllm")["text_config"]
+    with pytest.raises(RopeScalingError, match=r"one level .* is `thinker_config.text_config`. Export a folder"):
+        rope_scaling.config_overrides(outer, "sglang")

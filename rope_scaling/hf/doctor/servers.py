@@ -12,7 +12,7 @@ from rope_scaling.hf.doctor.sources import Source
 from rope_scaling.hf.export import text_overrides
 from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, SLIDING, V4, stated_in_older_keys
 from rope_scaling.hf.tables import rope_parameters_of
-from rope_scaling.hf.targets import TARGETS, computes_otherwise
+from rope_scaling.hf.targets import SECTIONS, TARGETS, computes_otherwise
 
 
 _READ_THE_OLD_FORM = {V4: "Transformers 4", "sglang": "SGLang"}
@@ -101,8 +101,9 @@ def _not_in_old_form(source: Source, needed: dict[str, Any]) -> str:
     if FULL in needed:
         bases.append((needed[SLIDING]["rope_theta"], above.get("rope_local_base_freq", defaults["local"])))
     missing = [f"base {wanted:g}" for wanted, seen in bases if not same(seen, wanted)]
-    if full["rope_type"] != "default" and not isinstance(source.text.get("rope_scaling"), dict):
-        missing.insert(0, "scaling")
+    if not isinstance(source.text.get("rope_scaling"), dict):
+        missing += ["scaling"] if full["rope_type"] != "default" else []
+        missing += ["sections"] if SECTIONS in full else []
     share = full.get("partial_rotary_factor")
     if share is not None and not same(above.get("partial_rotary_factor") or _default_share(family), share):
         missing.append(f"rotated share {share:g}")
