@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 from rope_scaling.errors import is_number
 from rope_scaling.hf.doctor.findings import NOTE, Finding, found
 from rope_scaling.hf.doctor.sources import Source
-from rope_scaling.hf.older_keys import FULL
 from rope_scaling.hf.pretrained import windows_of
 
 
@@ -68,8 +67,8 @@ def _known_to_host(kind: str) -> bool:
 
 def _stated_twice(source: Source) -> Iterator[Finding]:
     old, new = source.text.get("rope_scaling"), source.text.get("rope_parameters")
-    if isinstance(new, dict) and FULL in new:
-        new = new[FULL]  # the older form states the settings of full attention
+    if isinstance(new, dict):
+        new = new.get("full_attention", new)  # whose settings the older form states
     differing = []
     if isinstance(old, dict) and isinstance(new, dict):
         old_kind, new_kind = (form.get("rope_type", form.get("type")) for form in (old, new))
