@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import parse_lengths
+from rope_scaling.eval.identity import weights_sha256
 from rope_scaling.eval.methods import patch_by_text
 from rope_scaling.hf.adapters import record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
@@ -79,10 +80,12 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
     documents = evaluation_documents(recipe, tokenizer, lengths)
     collator = make_collator(recipe, tokenizer, target)
 
-    # The model as it arrives, then patched; its losses either way.
+    # The model without a patch, then patched; its losses either way.
     only_first = only_first_loads()
     model: Any = load(recipe, arguments.device, lengths[-1]) if main_process or not only_first else None
     measured = Measured(recipe, name, documents, lengths, trained, output_dir, resume)
+    # A hub revision may move, and a folder be written to, between a run and its continuation.
+    weights = gather(weights_sha256(model) if main_process else "")[0]
     measured.take("unpatched", model)
     if model is not None:
         apply_patch(recipe, model)
@@ -93,7 +96,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
         model = unsharded(model, rehearsal)
     saved_dtype = stored_dtype(config_of(recipe)) or model.dtype
     trainable = prepare(recipe, model.to(train_dtype(recipe, arguments.device)))
-    facts = run_facts(recipe, model, dataset)
+    facts = run_facts(recipe, model, dataset) | {"weights": weights}
     trainer = LongContextTrainer(trainable, arguments, train_dataset=dataset, data_collator=collator)
     check_sharded(recipe, trainer.is_fsdp_enabled)
     trainer.add_callback(WholeCheckpoints(trainer, facts))
@@ -243,8 +246,8 @@ def rehearse(recipe: Recipe) -> Rehearsal:
     return Rehearsal(model, tokenizer, trained, target)
 
 
-def load(recipe: Recipe, device: torch.device, length: int) -> Any:
-    """The model as it was saved, for texts of up to `length` tokens."""
+def load(recipe: Recipe, device: torch.device, length: int | None = None) -> Any:
+    """The model as it was saved; to be measured on texts of up to `length` tokens."""
     return load_model(recipe.model, device=str(device), config=config_of(recipe), length=length, **_revision(recipe))
 
 

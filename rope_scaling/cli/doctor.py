@@ -12,13 +12,13 @@ from rope_scaling.hf.doctor import Diagnosis, diagnose
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
-def run(model: str, target_length: int | None, targets: list[str], as_json: bool) -> None:
+def run(model: str, target_length: int | None, original_length: int | None, targets: list[str], as_json: bool) -> None:
     """Shows what is found, and exits with status 1 if it is more than notes.
 
     Raises:
         RopeScalingError: there is nothing to read.
     """
-    diagnosis = diagnose(model, target_length, targets)
+    diagnosis = diagnose(model, target_length, targets, original_length)
     if as_json:
         rows = [{**dataclasses.asdict(finding), "title": finding.title} for finding in diagnosis.findings]
         print(json.dumps(rows, indent=2))

@@ -240,13 +240,16 @@ def doctor(
     target_length: Annotated[
         Optional[int], typer.Option(help="Length that it is to read. [default: what its config states]")
     ] = None,
+    original_length: ORIGINAL = None,
     target: Annotated[
         Optional[list[str]], typer.Option(help="What will serve it, as in `export`; repeat for several.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what is wrong with the scaling of a checkpoint; exit with status 1 if anything is."""
-    importlib.import_module("rope_scaling.cli.doctor").run(model, target_length, target or [], as_json)
+    importlib.import_module("rope_scaling.cli.doctor").run(
+        model, target_length, original_length, target or [], as_json
+    )
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -16,7 +16,7 @@ from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.hf.configs import config_of
 from rope_scaling.hf.extend import matches
-from rope_scaling.hf.older_keys import EXPORT_KEY, V4, is_reworded, older_keys
+from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, V4, in_older_form, is_reworded, older_keys
 from rope_scaling.hf.patch import applied_patch, patch_record
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import Slot, rotary_slots
@@ -57,7 +57,15 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
             method that it can.
     """
     settings = _settings(model, target)
-    for name in reversed(_path_to_text_config(model)):
+    if FULL in settings["rope_parameters"]:
+        settings.pop("rope_scaling", None)  # overriding it would replace the settings of all layer types
+    path = _path_to_text_config(model)
+    if target == "sglang" and len(path) > 1:
+        raise RopeScalingError(
+            f"SGLang overrides one level of nested configs, and the text config of this model is `{'.'.join(path)}`. "
+            "Export a folder: `export(model, folder, 'sglang')`."
+        )
+    for name in reversed(path):
         settings = {name: settings}
     return settings
 
@@ -73,20 +81,26 @@ def text_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     check_exportable(model, target)
     slots = rotary_slots(model)
     config = config_of(slots)
-    parameters, length = rope_parameters_of(config), config.max_position_embeddings
+    parameters, length = rope_parameters_of(config), getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise RopeScalingError(
+            f"The config of {type(model).__name__} states no `max_position_embeddings`, up to which {TARGETS[target]} "
+            "serves a model. Patch it, with `original_max_position_embeddings` and `target_length`."
+        )
     if target == "transformers":
         return _plain({"rope_parameters": parameters, "max_position_embeddings": length})
-    parameters = _portable(model, slots[0], parameters, target)
+    slot = next((slot for slot in slots if slot.layer_type == FULL), slots[0])
+    portable = _portable(model, slot, slot.part_of(parameters), target)
+    parameters = slot.with_part(parameters, portable)
     settings = {"max_position_embeddings": length, "rope_parameters": parameters}
     settings |= older_keys(parameters, config.model_type, strict=target == V4)
-    if target != V4:
+    if target != V4 and slot.layer_type is None:
         # Overrides set one key after the other, and in Transformers 5 both are the same: each must be complete.
         settings["rope_scaling"] = parameters
-    original = parameters.get("original_max_position_embeddings")
-    if target == "vllm" and QUERY_SCALE in parameters and original:
+    if target == "vllm" and QUERY_SCALE in portable and "original_max_position_embeddings" in portable:
         settings["llama_4_scaling"] = {
-            "beta": parameters[QUERY_SCALE],
-            "original_max_position_embeddings": original,
+            "beta": portable[QUERY_SCALE],
+            "original_max_position_embeddings": portable["original_max_position_embeddings"],
         }
     return _plain(settings)
 
@@ -106,10 +120,13 @@ def check_exportable(model: nn.Module, target: str) -> None:
             f"{type(model).__name__} computes its angles in its code, from no config that {TARGETS[target]} reads. "
             "Save it with `save_pretrained`, and load it with `rope_scaling.from_pretrained`."
         )
-    if target != "transformers" and any(slot.layer_type for slot in slots):
+    if target == "transformers" or not any(slot.layer_type for slot in slots):
+        return
+    config = config_of(slots)
+    if target == "llama.cpp" or not in_older_form(rope_parameters_of(config), config.model_type):
         raise RopeScalingError(
-            f"The layer types of this model rotate differently, which {TARGETS[target]} reads from no two configs "
-            "alike. Export it to 'transformers', and serve it with vLLM's Transformers backend."
+            f"The layer types of this model rotate differently, and {TARGETS[target]} has no keys for these settings. "
+            "Export it to 'transformers', and serve it with vLLM's Transformers backend."
         )
 
 
@@ -143,7 +160,8 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     try:
         model.save_pretrained(staging)
         marked = settings | ({EXPORT_KEY: V4} if target == V4 else {})
-        reworded = target == V4 and is_reworded(settings["rope_parameters"], _text_config(model).model_type)
+        stated = settings["rope_parameters"]
+        reworded = target == V4 and FULL not in stated and is_reworded(stated, _text_config(model).model_type)
         _write_config(staging / "config.json", _path_to_text_config(model), marked, reworded)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -163,7 +181,8 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
 
 def _settings(model: nn.Module, target: str) -> dict[str, Any]:
     settings = text_overrides(model, target)
-    if why := computes_otherwise(settings["rope_parameters"], _text_config(model), target):
+    parameters = settings["rope_parameters"]
+    if why := computes_otherwise(parameters.get(FULL, parameters), _text_config(model), target):
         warnings.warn(why, stacklevel=3)
     return settings
 

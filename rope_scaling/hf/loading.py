@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +93,8 @@ def load_model(
     cls, stored = _class_of(name, config), stored_dtype(config)
 
     def load(source: str, **given: Any) -> Any:
-        return cls.from_pretrained(source, **given).to(place).eval()
+        with _unknown_types_named(config):
+            return cls.from_pretrained(source, **given).to(place).eval()
 
     wanted = compute_dtype(dtype, stored, place)
     model = _fetch(load, name, dtype=wanted, config=config, **arguments)
@@ -181,7 +184,7 @@ def build_skeleton(name: str, config: Any) -> torch.nn.Module:
         Exception: whatever the class raises for a config that it cannot take.
     """
     config = _buildable(config)
-    with without_weights():
+    with without_weights(), _unknown_types_named(config):
         return _class_of(name, config)._from_config(config)
 
 
@@ -250,18 +253,23 @@ def _class_of(name: str, config: Any) -> Any:
 
 
 def _buildable(config: Any) -> Any:
-    """A config that a model can be built from: without what makes plain Transformers refuse it, if there is any.
-
-    Raises:
-        RopeScalingError: Transformers does not compute its type of scaling.
-    """
+    """A config that a model can be built from: without what makes plain Transformers refuse it, if there is any."""
     text = text_config(config)
     record = getattr(text, RECORD_KEY, None)
     if record is not None and is_loud(text):
         for key, value in check_record(record)["pretrained"].items():
             setattr(text, key, copy.deepcopy(value))
-    check_types(rope_parameters_of(text))
     return config
+
+
+@contextmanager
+def _unknown_types_named(config: Any) -> Iterator[None]:
+    """Names the type of scaling if building a model fails because Transformers does not compute it."""
+    try:
+        yield
+    except (KeyError, TypeError):
+        check_types(rope_parameters_of(text_config(config)))
+        raise
 
 
 def _as_saved(model: Any, length: int | None = None) -> torch.nn.Module:

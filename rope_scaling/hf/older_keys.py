@@ -33,12 +33,22 @@ _TYPES_OF_FAMILIES: dict[str, _Types] = {
 }
 """By model type, the types that Transformers 4 computes, where these are fewer than usual; and the only keys that its
 config class takes beside `type`, where it takes no others."""
-_KEYS = ("rope_scaling", "rope_theta", *_NEOX_NAMES.values())
+FULL, SLIDING = "full_attention", "sliding_attention"
+_LOCAL_BASE = "rope_local_base_freq"
+_WITH_LOCAL_BASE = ("gemma3_text", "gemma3n_text")
+"""Families whose older form has the base of sliding layers under a key of its own, and all else for full attention."""
+_KEYS = ("rope_scaling", "rope_theta", _LOCAL_BASE, *_NEOX_NAMES.values())
 
 
 def types_read_by_v4(model_type: str) -> tuple[str, ...]:
     """The types that Transformers 4 computes for a family as Transformers 5 does."""
     return tuple(_TYPES_OF_FAMILIES.get(model_type, _READ_BY_V4))
+
+
+def in_older_form(parameters: dict[str, Any], model_type: str) -> bool:
+    """Whether `older_keys` can state settings by layer type: those of full attention, and another base elsewhere."""
+    by_type = model_type in _WITH_LOCAL_BASE and parameters.keys() == {FULL, SLIDING}
+    return by_type and parameters[SLIDING]["rope_type"] == "default"
 
 
 def read_by_v4(parameters: dict[str, Any], model_type: str, length: int) -> bool:
@@ -65,6 +75,9 @@ def older_keys(parameters: dict[str, Any], model_type: str, strict: bool = True)
         model_type (`str`): Its family, which may have names of its own.
         strict (`bool`): Whether `rope_scaling` has only keys that the family's config class in Transformers 4 takes.
     """
+    if in_older_form(parameters, model_type):
+        local = {_LOCAL_BASE: parameters[SLIDING]["rope_theta"]}
+        return older_keys(parameters[FULL], model_type, strict) | local
     kind = parameters["rope_type"]
     flat = {key: value for key, value in parameters.items() if key != "rope_theta"}
     if strict and (taken := _TYPES_OF_FAMILIES.get(model_type, {}).get(kind)):
@@ -92,8 +105,8 @@ def is_reworded(parameters: dict[str, Any], model_type: str) -> bool:
 
 def stated_in_older_keys(values: dict[str, Any], model_type: str) -> dict[str, Any]:
     """Base and rotated share at the top of a config, where older readers look, under their names of today."""
-    names = _OTHER_NAMES.get(model_type, {})
-    found = {name: values.get(names.get(name, name)) for name in _NEOX_NAMES}
+    names = {name: name for name in (*_NEOX_NAMES, _LOCAL_BASE)} | _OTHER_NAMES.get(model_type, {})
+    found = {name: values.get(other) for name, other in names.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -111,9 +124,10 @@ def keep_older_keys(config: Any) -> None:
     for key in _KEYS:
         stated.pop(key, None)
     parameters, family = getattr(config, "rope_parameters", None) or {}, config.model_type
-    if not parameters.get("rope_theta") or not read_by_v4(parameters, family, config.max_position_embeddings):
+    one = parameters[FULL] if in_older_form(parameters, family) else parameters
+    if not one.get("rope_theta") or not read_by_v4(one, family, config.max_position_embeddings):
         return
-    if hasattr(config, RECORD_KEY) and is_reworded(parameters, family):
+    if hasattr(config, RECORD_KEY) and is_reworded(one, family):
         return
     stated.update(copy.deepcopy(older_keys(parameters, family)))
 

@@ -200,6 +200,20 @@ def text_config(config: Any) -> Any:
         return config.get_text_config(decoder=True)
 
 
+def state_trained_length(config: Any, length: int) -> None:
+    """Writes a trained length into the RoPE settings of a config, flat or by layer type, where it has such settings.
+
+    Args:
+        config (`PreTrainedConfig` or `dict`): A language model's config, or what its `config.json` holds; changed.
+        length (`int`): In tokens.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        stated: Any = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+        for part in [one for one in (stated or {}).values() if isinstance(one, dict)] or [stated]:
+            if part:
+                part["original_max_position_embeddings"] = length
+
+
 def windows_of(config: Any) -> list[int | None]:
     """The window in tokens that the config states for every layer."""
     own = layer_configs(config)

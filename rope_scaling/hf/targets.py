@@ -59,6 +59,8 @@ def stated_as_it_is(parameters: dict[str, Any], target: str, config: Any) -> boo
         return same and factor == parameters.get("short_mscale") == parameters.get("long_mscale") is not None
     if kind != "default" and SECTIONS in parameters and target != "llama.cpp":
         return kind == "yarn" and not _unusual(parameters)
+    if kind == "linear" and family.startswith("gemma3"):
+        return True  # the only families whose length servers leave as it is
     return kind in _PLAIN_TYPES[target] or (kind == "yarn" and not _unusual(parameters))
 
 

@@ -154,6 +154,19 @@ def test_a_trained_length_that_the_config_does_not_know(given, overstated, comma
     assert keys["rope_parameters"]["original_max_position_embeddings"] == 64
 
 
+def test_the_doctor_takes_a_trained_length_that_the_config_does_not_know(overstated, tmp_path, command):
+    assert "64 trained, 64 as it arrived" in command("doctor", overstated, *ORIGINAL).stdout
+    config = json.loads((overstated / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    config["max_position_embeddings"] = 256
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "RS102" in command("doctor", tmp_path).stdout
+    told = command("doctor", tmp_path, *ORIGINAL)
+    assert "64 trained, 256 as it arrived" in told.stdout and "RS10" not in told.stdout and not told.stderr
+    rope_scaling.patch(make_model("llama"), "yarn", factor=2).save_pretrained(tmp_path / "patched")
+    assert "records the trained length" in command("doctor", tmp_path / "patched", *ORIGINAL).stderr
+
+
 def test_evaluate_counts_in_the_trained_length_that_it_is_told(overstated, folder, text, tmp_path, command):
     found = {}
     for model, arguments in ((overstated, ORIGINAL), (folder, ())):
@@ -167,7 +180,7 @@ def test_evaluate_counts_in_the_trained_length_that_it_is_told(overstated, folde
     assert found[overstated] == found[folder]
 
 
-@pytest.mark.parametrize("name", ["describe", "evaluate", "harness", "export"])
+@pytest.mark.parametrize("name", ["describe", "evaluate", "harness", "export", "doctor"])
 def test_help_names_the_trained_length(name, command):
     assert ORIGINAL[0][:20] in command(name, "--help").stdout
 

@@ -272,3 +272,14 @@ def test_old_families_train_under_a_patch(method, saved, command, tmp_path):
 def test_what_no_recipe_can_train(kind, overrides, message, saved, command, tmp_path):
     refused = finetune(command, saved(kind), tmp_path, *overrides)
     assert refused.returncode == 2 and message in refused.stderr and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_harness_measures_the_saved_method(command, tmp_path):
+    folder = adapter(tmp_path, llama(max_position_embeddings=512), method="rerope")
+    load_tokenizer("demo").save_pretrained(tmp_path / "base")
+    options = ["--method", "linear", "--samples", 1, "--lengths", "1024", "--output", tmp_path / "out"]
+    done = command("harness", "--model", folder, "--tasks", "niah_single_1", *options)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["unpatched", "cropping", "yarn", "saved rerope()", "linear"]

@@ -140,14 +140,6 @@ def test_the_doctor_tells_that_plain_transformers_left_the_older_form_out(tmp_pa
     assert "RS301" in said and "before plain Transformers 5 saved it again" in said
 
 
-def test_layer_types_go_to_transformers_only(tmp_path):
-    model = rope_scaling.patch(make_model("gemma3"), "yarn", factor=4)
-    rope_scaling.export(model, tmp_path / "out", "transformers")
-    assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(model))
-    with pytest.raises(RopeScalingError, match="layer types of this model rotate differently"):
-        rope_scaling.config_overrides(model, "vllm")
-
-
 @pytest.mark.parametrize(("method", "nearest"), [("dynamic_ntk", "ntk"), ("self_extend", "yarn")])
 def test_what_lives_in_attention_is_refused_with_the_nearest_method(method, nearest, tmp_path):
     model = rope_scaling.patch(make_model("llama"), method)

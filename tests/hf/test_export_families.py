@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import rope_scaling
 from references.readers import (
     READERS,
+    of_layer_type,
     overridden,
     query_scale,
     sections,
@@ -295,3 +296,76 @@ def test_overrides_as_servers_set_them(family, arrival, method, target):
     )
     length = model.config.get_text_config().max_position_embeddings
     agree(lambda config: overridden(config, overrides, target), base, of(model), length)
+
+
+def make_gemma3(**full):
+    parts = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 50000.0, **full},
+    }
+    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**_GROUPED, **types, head_dim=16, rope_parameters=parts)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("target", [V4, *SERVERS])
+@pytest.mark.parametrize("method", [None, "yarn", "ntk", "mrrope_pro"])
+@pytest.mark.parametrize("arrival", ["default", "linear"])
+def test_layer_types_of_gemma_3(arrival, method, target, tmp_path):
+    model = make_gemma3(**ARRIVALS[arrival])
+    base = copy.deepcopy(model.config)
+    if method is not None:
+        rope_scaling.patch(model, method, factor=4)
+    folder = rope_scaling.export(model, tmp_path / "out", target)
+    saved, module = json.loads((folder / "config.json").read_text()), rotary(model)
+    for reader in READERS[target]:
+        for kind in ("sliding_attention", "full_attention"):
+            inv_freq, attention_factor, served = reader(of_layer_type(saved, kind))
+            wanted = getattr(module, f"{kind}_inv_freq").double()
+            assert torch.allclose(torch.tensor(inv_freq, dtype=torch.float64), wanted, rtol=2e-6)
+            assert attention_factor == pytest.approx(getattr(module, f"{kind}_attention_scaling"), rel=2e-6)
+            assert served == model.config.max_position_embeddings
+    assert close(logits(AutoModelForCausalLM.from_pretrained(folder).eval()), logits(model))
+    assert diagnose(str(folder), targets=target).healthy, diagnose(str(folder), targets=target)
+    if target in SERVERS:
+        overrides = rope_scaling.config_overrides(model, target)
+        overridden(base, overrides, target)
+        assert json.loads(json.dumps(base.rope_parameters)) == saved["rope_parameters"]
+    else:
+        again = rope_scaling.from_pretrained(folder)
+        again.save_pretrained(tmp_path / "again")
+        both = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again")]
+        for key in ("rope_theta", "rope_scaling", "rope_local_base_freq", "rope_parameters"):
+            assert both[0][key] == both[1][key]
+
+
+def test_layer_types_that_have_no_keys_elsewhere(tmp_path):
+    model = rope_scaling.patch(make_gemma3(), "yarn", factor=4, layer_types="all")
+    for target in (V4, *SERVERS, "llama.cpp"):
+        with pytest.raises(RopeScalingError, match="has no keys for these settings. Export it to 'transformers', and"):
+            rope_scaling.export(model, tmp_path / "out", target)
+    model.save_pretrained(tmp_path / "saved")
+    assert "RS303" in str(diagnose(str(tmp_path / "saved"), targets="vllm"))
+    plain = make_gemma3()
+    plain.save_pretrained(tmp_path / "plain")
+    said = str(diagnose(str(tmp_path / "plain"), targets=V4))
+    assert "RS301" in said and "base 50000, base 20000" in said
+
+
+def test_a_config_without_a_length():
+    values = {key: value for key, value in _GROUPED.items() if key != "max_position_embeddings"}
+    config = transformers.RecurrentGemmaConfig(**{**values, "num_hidden_layers": 3}, lru_width=64)
+    with pytest.raises(RopeScalingError, match="states no `max_position_embeddings`, up to which vLLM serves a model"):
+        rope_scaling.config_overrides(AutoModelForCausalLM.from_config(config), "vllm")
+
+
+def test_a_text_config_two_levels_down():
+    inner = rope_scaling.patch(make_sectioned("Qwen3VL"), "ntk", factor=4)
+    outer = torch.nn.Module()
+    outer.thinker, outer.config = inner, transformers.PreTrainedConfig()
+    outer.config.thinker_config = inner.config
+    overrides = rope_scaling.config_overrides(outer, "vllm")
+    assert overrides["thinker_config"]["text_config"] == rope_scaling.config_overrides(inner, "vllm")["text_config"]
+    with pytest.raises(RopeScalingError, match=r"one level .* is `thinker_config.text_config`. Export a folder"):
+        rope_scaling.config_overrides(outer, "sglang")

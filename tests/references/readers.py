@@ -105,7 +105,7 @@ def _server(config, parameters, old=False, sglang=False):
         kind = "yarn"
     if kind == "default":
         return _default(R, b)
-    L = parameters["original_max_position_embeddings"]
+    L = parameters.get("original_max_position_embeddings")
     if config.get("kv_lora_rank"):
         return _latent(parameters, R, b, L)
     if kind == "llama3":
@@ -121,6 +121,8 @@ def _server(config, parameters, old=False, sglang=False):
             assert not (sglang and "mscale" in parameters)
             return inv_freq, gain * parameters.get("attn_factor", 1.0)
         return inv_freq, parameters.get("attention_factor", gain)
+    if kind == "linear" and family == "gemma3_text":
+        return formulas.linear(R, b, None, parameters["factor"])
     assert kind == "longrope", "both serve a `linear` model at its factor times the length"
     assert "mrope_section" not in parameters, "rotates by one axis"
     length = config["max_position_embeddings"]
@@ -183,6 +185,17 @@ READERS = {
     "sglang": [sglang],
     "llama.cpp": [llama_cpp],
 }
+
+
+def of_layer_type(config, layer_type):
+    """The config as if all layers of Gemma 3 were of one type, in both forms."""
+    sliding = layer_type == "sliding_attention"
+    parameters = config["rope_parameters"][layer_type]
+    older = {"rope_theta": config["rope_local_base_freq"], "rope_scaling": None} if sliding else {}
+    if not sliding and config["rope_scaling"] is not None:
+        # Transformers 5 puts it into the settings of full attention.
+        assert {**parameters, **config["rope_scaling"]} == parameters
+    return {**config, **older, "rope_parameters": parameters}
 
 
 def sections(config):

@@ -18,10 +18,13 @@ from rope_scaling.hf.doctor.servers import check_servers
 from rope_scaling.hf.doctor.settings import check_settings
 from rope_scaling.hf.doctor.sources import Source, read_source, source_of
 from rope_scaling.hf.export import TARGETS
-from rope_scaling.hf.loading import build_skeleton, load_config
+from rope_scaling.hf.loading import build_skeleton
 from rope_scaling.hf.patch import patch
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.rotary import rotary_slots
+
+
+_TRAINED = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ class Diagnosis:
         return "\n\n".join(parts if self.findings else [*parts, "Nothing found."])
 
 
-def diagnose(model: str | nn.Module, target_length: int | None = None, targets: str | Sequence[str] = ()) -> Diagnosis:
+def diagnose(
+    model: str | nn.Module,
+    target_length: int | None = None,
+    targets: str | Sequence[str] = (),
+    original_max_position_embeddings: int | None = None,
+) -> Diagnosis:
     """Looks for what makes scaling wrong in silence: in the files of a checkpoint, or in a running model.
 
     Args:
@@ -52,12 +60,15 @@ def diagnose(model: str | nn.Module, target_length: int | None = None, targets: 
         target_length (`int`, *optional*): Length in tokens that it is to read; by default what its config states.
         targets (`str` or list of `str`, *optional*): What it is to be served with, as for `export`; what others than
             these read differently is only noted.
+        original_max_position_embeddings (`int`, *optional*): Trained length in tokens of a checkpoint whose config has
+            none or a wrong one.
 
     Returns:
         `Diagnosis`: the scaling in effect, and the findings.
 
     Raises:
-        RopeScalingError: there is nothing to read, or a running model has no RoPE.
+        RopeScalingError: there is nothing to read, a running model has no RoPE, or a trained length is given for a
+            running or patched model.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     for target in targets:
@@ -67,7 +78,11 @@ def diagnose(model: str | nn.Module, target_length: int | None = None, targets: 
         target_length = check_length("target_length", target_length)
     if isinstance(model, str):
         source = read_source(model)
+        if original_max_position_embeddings is not None:
+            source = source.trained_at(check_length(_TRAINED, original_max_position_embeddings))
         running, slots = None, []
+    elif original_max_position_embeddings is not None:
+        raise RopeScalingError(f"`{_TRAINED}` is for a folder or hub id. Patch a loaded model with it.")
     else:
         slots = rotary_slots(model)
         source, running = source_of(model, config_of(slots)), model
@@ -89,7 +104,7 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
     if any(finding.level == "error" for finding in findings):
         return None, []
     try:
-        model = build_skeleton(source.name, load_config(source.name))
+        model = build_skeleton(source.name, source.whole)
     except (
         RopeScalingError,
         ImportError,

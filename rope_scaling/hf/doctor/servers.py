@@ -10,9 +10,9 @@ from rope_scaling.hf.doctor.findings import NOTE, Finding, found
 from rope_scaling.hf.doctor.settings import same
 from rope_scaling.hf.doctor.sources import Source
 from rope_scaling.hf.export import text_overrides
-from rope_scaling.hf.older_keys import EXPORT_KEY, V4, stated_in_older_keys
+from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, SLIDING, V4, stated_in_older_keys
 from rope_scaling.hf.tables import rope_parameters_of
-from rope_scaling.hf.targets import TARGETS, computes_otherwise
+from rope_scaling.hf.targets import SECTIONS, TARGETS, computes_otherwise
 
 
 _READ_THE_OLD_FORM = {V4: "Transformers 4", "sglang": "SGLang"}
@@ -41,7 +41,8 @@ def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterato
                 f"{export} writes both forms{_kept(source)}.",
                 level,
             )
-        if why := computes_otherwise(needed["rope_parameters"], source.config, target):
+        parameters = needed["rope_parameters"]
+        if why := computes_otherwise(parameters.get(FULL, parameters), source.config, target):
             yield found("RS302", why, "Serve it with SGLang or Transformers, or patch the unscaled model.", level)
         elif differing := _differing(source, needed):
             yield found(
@@ -59,18 +60,25 @@ def _kind(source: Source) -> str:
 
 def _differing(source: Source, needed: dict[str, Any]) -> list[str]:
     """Keys that a target needs with other values than the config states."""
-    parameters = needed["rope_parameters"]
     above = {key: source.text.get(key) for key in ("original_max_position_embeddings", "partial_rotary_factor")}
     above |= stated_in_older_keys(source.text, getattr(source.config, "model_type", ""))
-    stated = {**_DEFAULTS, **above, **source.stated, "rope_type": _kind(source)}
-    implied = {key for key in _IMPLIED if stated.get(key) is None}
-    if parameters["rope_type"] == stated["rope_type"] == "longrope":
-        implied.add("factor")  # it follows from the lengths
-    keys = [key for key, value in parameters.items() if key not in implied and not same(stated.get(key), value)]
-    if "rope_type" in keys:
-        keys = ["rope_type"]  # the others belong to it
+    different = []
+    for label, (written, read) in source.parts().items():
+        stated = read if label else {**above, **written}
+        parameters = needed["rope_parameters"][label] if label else needed["rope_parameters"]
+        different += _differing_keys(stated, parameters)
     beside = [key for key in ("llama_4_scaling",) if source.text.get(key) != needed.get(key, source.text.get(key))]
-    return [*keys, *beside]
+    return [*dict.fromkeys(different), *beside]
+
+
+def _differing_keys(stated: dict[str, Any], needed: dict[str, Any]) -> list[str]:
+    kind = stated.get("rope_type") or stated.get("type") or "default"
+    stated = {**_DEFAULTS, **stated, "rope_type": kind}
+    implied = {key for key in _IMPLIED if stated.get(key) is None}
+    if needed["rope_type"] == kind == "longrope":
+        implied.add("factor")  # it follows from the lengths
+    keys = [key for key, value in needed.items() if key not in implied and not same(stated.get(key), value)]
+    return ["rope_type"] if "rope_type" in keys else keys  # the others belong to it
 
 
 def _kept(source: Source) -> str:
@@ -86,13 +94,17 @@ def _not_in_old_form(source: Source, needed: dict[str, Any]) -> str:
     """What a reader of the older keys does not find: scaling, base or rotated share; nothing, if it finds all."""
     family = type(source.config)
     above = stated_in_older_keys(source.text, getattr(family, "model_type", ""))
-    base = above.get("rope_theta") or getattr(family, "default_theta", 10000.0)
-    missing = []
-    if needed["rope_type"] != "default" and not isinstance(source.text.get("rope_scaling"), dict):
-        missing.append("scaling")
-    if not same(base, needed["rope_theta"]):
-        missing.append(f"base {needed['rope_theta']:g}")
-    share = needed.get("partial_rotary_factor")
+    default = getattr(family, "default_theta", 10000.0)
+    defaults = default if isinstance(default, dict) else {"global": default, "local": 10000.0}
+    full = needed.get(FULL, needed)
+    bases = [(full["rope_theta"], above.get("rope_theta", defaults["global"]))]
+    if FULL in needed:
+        bases.append((needed[SLIDING]["rope_theta"], above.get("rope_local_base_freq", defaults["local"])))
+    missing = [f"base {wanted:g}" for wanted, seen in bases if not same(seen, wanted)]
+    if not isinstance(source.text.get("rope_scaling"), dict):
+        missing += ["scaling"] if full["rope_type"] != "default" else []
+        missing += ["sections"] if SECTIONS in full else []
+    share = full.get("partial_rotary_factor")
     if share is not None and not same(above.get("partial_rotary_factor") or _default_share(family), share):
         missing.append(f"rotated share {share:g}")
     return ", ".join(missing)

@@ -81,6 +81,8 @@ def _types(source: Source) -> Iterator[Finding]:
 
 def _stated_twice(source: Source) -> Iterator[Finding]:
     old, new = source.text.get("rope_scaling"), source.text.get("rope_parameters")
+    if isinstance(new, dict):
+        new = new.get("full_attention", new)  # whose settings the older form states
     differing = []
     if isinstance(old, dict) and isinstance(new, dict):
         old_kind, new_kind = (type_of(form) for form in (old, new))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.loading import load_config, model_source
 from rope_scaling.hf.loud import is_loud, unwarned
-from rope_scaling.hf.pretrained import RECORD_KEY, text_config
+from rope_scaling.hf.pretrained import RECORD_KEY, state_trained_length, text_config
 from rope_scaling.hf.rope_types import type_of
 
 
@@ -32,6 +32,8 @@ class Source:
     """The part of `config.json` that describes the language model, as written."""
     config: Any
     """What Transformers makes of it; `None` if it refuses."""
+    whole: Any = None
+    """What Transformers makes of all of `config.json`."""
     refusal: str = ""
     """Why it refuses."""
     guarded: bool = False
@@ -53,6 +55,22 @@ class Source:
     def length(self) -> Any:
         """`max_position_embeddings`, as written."""
         return self.text.get("max_position_embeddings")
+
+    def trained_at(self, length: int) -> Source:
+        """The same, as if the config stated a trained length, in tokens.
+
+        Raises:
+            RopeScalingError: it was saved patched, or it is an adapter: either records its trained length.
+        """
+        if not self.text or RECORD_KEY in self.text:
+            raise RopeScalingError(
+                f"{self.name!r} was trained or saved under a patch, which records the trained length. Leave "
+                "`original_max_position_embeddings` out."
+            )
+        state_trained_length(self.text, length)
+        if self.config is not None:
+            state_trained_length(self.config, length)
+        return self
 
     def parts(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         """By layer type (`""` where all rotate alike): the settings as written, and as Transformers reads them."""
@@ -81,10 +99,11 @@ def read_source(name: str) -> Source:
         return Source(name, {}, None, files=files)
     try:
         with unwarned():
-            config = text_config(load_config(name))
+            whole = load_config(name)
+            config = text_config(whole)
     except (RopeScalingError, RecursionError) as error:
-        return Source(name, _section(raw), None, str(error), files=files)
-    return _source(name, _section(raw), config, files)
+        return Source(name, _section(raw), None, refusal=str(error), files=files)
+    return replace(_source(name, _section(raw), config, files), whole=whole)
 
 
 def source_of(model: Any, config: Any) -> Source:
