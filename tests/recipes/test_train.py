@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,19 @@ def test_another_scaling_is_not_resumed(place, tmp_path):
         run(place, tmp_path / "out")
     with pytest.raises(RopeScalingError, match="no whole checkpoint"):
         run(place, tmp_path / "other", resume=True)
+
+
+def test_weights_that_moved_are_not_resumed(place, tmp_path):
+    """As when the folder is trained on, or a hub revision such as `main` moves: adapters belong to their base."""
+    base = shutil.copytree(place / "model", tmp_path / "base")
+    run(place, tmp_path / "out", f"model={base}", "training.max_steps=1")
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
+    model.save_pretrained(base)
+    with pytest.raises(RopeScalingError, match="belongs to another run \\(weights: there"):
+        run(place, tmp_path / "out", f"model={base}", "training.max_steps=2", resume=True)
 
 
 def test_a_refused_run_leaves_nothing(place, tmp_path):
