@@ -22,7 +22,7 @@ from rope_scaling import RopeScalingError
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
-from rope_scaling.recipes import checkpoints, measure, train
+from rope_scaling.recipes import checkpoints, measure, processes, train
 from rope_scaling.recipes.checkpoints import MARKER
 from rope_scaling.recipes.config import read_recipe
 from rope_scaling.recipes.train import finetune
@@ -420,6 +420,13 @@ def test_only_the_first_process_loads_what_is_sharded(place, method):
     assert first["loss"] == second["loss"] == pytest.approx(first["wanted"], abs=1e-5)
     assert first["finite"] and second["finite"] and first["held"] > 0
     assert (second["held"] == 0) == (method == "yarn")
+
+
+def test_the_older_fsdp_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RopeScalingError, match="Set `fsdp_version: 2` in the accelerate config"):
+        processes.only_first_loads()
 
 
 def test_a_model_that_arrives_patched(place, tmp_path):
