@@ -323,6 +323,7 @@ class Failing(torch.utils.data.Dataset):
     [
         (requests.ConnectionError("Connection reset by peer"), "Check the connection.", 0),
         (requests.ConnectionError("Connection reset by peer"), "Check the connection.", 1),
+        (RopeScalingError("Reading the dataset 'org/texts' failed."), "stopped at step 1: Reading the dataset", 1),
         (FileNotFoundError(2, "No such file or directory", "shard-7.bin"), "Put the file back.", 0),
         (OSError(28, "No space left on device"), "Make room on the disk.", 0),
         (torch.OutOfMemoryError("CUDA out of memory."), "a smaller `training.per_device_train_batch_size`", 0),
