@@ -330,7 +330,7 @@ class Failing(torch.utils.data.Dataset):
     ],
 )
 def test_what_stops_training_is_named_as_what_it_is(place, tmp_path, monkeypatch, error, remedy, workers):
-    read = train.training_data
+    read, handler = train.training_data, signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "training_data", lambda *given: Failing(read(*given), error))
     overrides = ["data.max_sequences=24", f"training.dataloader_num_workers={workers}"]
     overrides += ["training.save_steps=1", "training.dataloader_prefetch_factor=1"][: 1 + workers]
@@ -339,7 +339,7 @@ def test_what_stops_training_is_named_as_what_it_is(place, tmp_path, monkeypatch
     message = str(caught.value)
     assert error.args[-1] in message or str(error) in message
     assert remedy in message and "Saving" not in message and "Traceback" not in message
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_no_memory_to_measure_in(place, tmp_path, monkeypatch):
