@@ -370,3 +370,19 @@ def test_a_text_config_two_levels_down():
     assert overrides["thinker_config"]["text_config"] == rope_scaling.config_overrides(inner, "vllm")["text_config"]
     with pytest.raises(RopeScalingError, match=r"one level .* is `thinker_config.text_config`. Export a folder"):
         rope_scaling.config_overrides(outer, "sglang")
+
+
+@pytest.mark.parametrize("target", SERVERS)
+def test_factors_that_follow_the_length_of_a_text(target, tmp_path):
+    name, values = FAMILIES["phi3"]
+    lists = {"short_factor": [1.0] * 8, "long_factor": [4.0 + index for index in range(8)]}
+    stated = {"rope_type": "longrope", "rope_theta": 10000.0, **lists}
+    values = {**values, "max_position_embeddings": 4 * TRAINED_LENGTH, "rope_parameters": stated}
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
+    with pytest.raises(
+        RopeScalingError, match="takes one of them for all. Patch it: 'longrope' with its `long_factor`"
+    ):
+        rope_scaling.export(model, tmp_path / "out", target)
+    rope_scaling.patch(model, "ntk", factor=2)
+    saved = json.loads((rope_scaling.export(model, tmp_path / "out", target) / "config.json").read_text())
+    agree(READERS[target][0], saved, rotary(model), 8 * TRAINED_LENGTH)
