@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.hf.configs import config_of
-from rope_scaling.hf.extend import matches
 from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, V4, in_older_form, is_reworded, older_keys
 from rope_scaling.hf.patch import applied_patch, patch_record
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, pretrained_settings, read_pretrained
@@ -220,8 +219,12 @@ def _factor_lists(model: nn.Module, slot: Slot, target: str) -> dict[str, Any]:
     pretrained = _pretrained(model, slot)
     inv_freq: Any = slot.inv_freq
     inv_freq, attention_factor = inv_freq.detach().cpu(), slot.attention_factor
-    if pretrained.length_dependent and matches(inv_freq, pretrained.inv_freq):
-        raise RopeScalingError("This model has one set of factors for short texts and one for long ones: patch it.")
+    if pretrained.length_dependent and patch_record(model) is None:
+        raise RopeScalingError(
+            f"This model has one set of factors for texts up to its trained length and one for longer texts, and "
+            f"{TARGETS[target]} takes one of them for all. Patch it: 'longrope' with its `long_factor`, or another "
+            "method, is the same for all texts and can be exported."
+        )
     geometry = pretrained.geometry
     factor = slot.config.max_position_embeddings / geometry.original_max_position_embeddings
     lowered = longrope_parameters(geometry, inv_freq, attention_factor, factor)

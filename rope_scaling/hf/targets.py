@@ -49,8 +49,10 @@ def stated_as_it_is(parameters: dict[str, Any], target: str, config: Any) -> boo
     kind, family = parameters["rope_type"], config.model_type
     if target == V4:
         return read_by_v4(parameters, family, config.max_position_embeddings)
+    if family == "gpt_oss" and kind == "yarn" and target != "llama.cpp":
+        return not _unusual({**parameters, "truncate": True})  # servers read it for this family, which arrives so
     if family == "gpt_oss" and target == "vllm":
-        return kind == "yarn" and not _unusual({**parameters, "truncate": True})
+        return False
     if is_latent(config) and target != "llama.cpp":
         return kind == "default" or (kind == "yarn" and not _unusual_latent(parameters))
     if kind == "longrope":

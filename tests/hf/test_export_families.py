@@ -88,6 +88,8 @@ CASES = [
     *(("gpt_oss", "yarn, untruncated"), ("deepseek_v3", "default"), ("deepseek_v3", "yarn, two temperatures")),
     ("ministral3", "query scale"),
 ]
+PATCHED = [(method, *case) for case in CASES for method in (None, "yarn", "mrrope_pro")]
+PATCHED += [("ntk", *case) for case in CASES if "rope_type" not in ARRIVALS[case[1]] or case[1] == "default"]
 TAKEN = {
     ("nemotron", V4): {"default"},
     ("olmo", V4): {"default", "linear"},
@@ -120,8 +122,7 @@ def agree(reader, config, module, length):
 
 
 @pytest.mark.parametrize("target", [V4, *SERVERS])
-@pytest.mark.parametrize(("family", "arrival"), CASES)
-@pytest.mark.parametrize("method", [None, "yarn", "ntk", "mrrope_pro"])
+@pytest.mark.parametrize(("method", "family", "arrival"), PATCHED)
 def test_every_export_is_read_back_or_refused(method, family, arrival, target, tmp_path):
     model = make(family, arrival)
     if method is not None:
@@ -369,3 +370,19 @@ def test_a_text_config_two_levels_down():
     assert overrides["thinker_config"]["text_config"] == rope_scaling.config_overrides(inner, "vllm")["text_config"]
     with pytest.raises(RopeScalingError, match=r"one level .* is `thinker_config.text_config`. Export a folder"):
         rope_scaling.config_overrides(outer, "sglang")
+
+
+@pytest.mark.parametrize("target", SERVERS)
+def test_factors_that_follow_the_length_of_a_text(target, tmp_path):
+    name, values = FAMILIES["phi3"]
+    lists = {"short_factor": [1.0] * 8, "long_factor": [4.0 + index for index in range(8)]}
+    stated = {"rope_type": "longrope", "rope_theta": 10000.0, **lists}
+    values = {**values, "max_position_embeddings": 4 * TRAINED_LENGTH, "rope_parameters": stated}
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).eval()
+    with pytest.raises(
+        RopeScalingError, match="takes one of them for all. Patch it: 'longrope' with its `long_factor`"
+    ):
+        rope_scaling.export(model, tmp_path / "out", target)
+    rope_scaling.patch(model, "ntk", factor=2)
+    saved = json.loads((rope_scaling.export(model, tmp_path / "out", target) / "config.json").read_text())
+    agree(READERS[target][0], saved, rotary(model), 8 * TRAINED_LENGTH)

@@ -64,7 +64,8 @@ def _differing(source: Source, needed: dict[str, Any]) -> list[str]:
     above |= stated_in_older_keys(source.text, getattr(source.config, "model_type", ""))
     different = []
     for label, (written, read) in source.parts().items():
-        stated = read if label else {**above, **written}
+        kind = read.get("rope_type") or read.get("type") or "default"  # older names of types are read as today's
+        stated = {**_DEFAULTS, **(read if label else {**above, **written}), "rope_type": kind}
         parameters = needed["rope_parameters"][label] if label else needed["rope_parameters"]
         different += _differing_keys(stated, parameters)
     beside = [key for key in ("llama_4_scaling",) if source.text.get(key) != needed.get(key, source.text.get(key))]
@@ -72,10 +73,8 @@ def _differing(source: Source, needed: dict[str, Any]) -> list[str]:
 
 
 def _differing_keys(stated: dict[str, Any], needed: dict[str, Any]) -> list[str]:
-    kind = stated.get("rope_type") or stated.get("type") or "default"
-    stated = {**_DEFAULTS, **stated, "rope_type": kind}
     implied = {key for key in _IMPLIED if stated.get(key) is None}
-    if needed["rope_type"] == kind == "longrope":
+    if needed["rope_type"] == "longrope":
         implied.add("factor")  # it follows from the lengths
     keys = [key for key, value in needed.items() if key not in implied and not same(stated.get(key), value)]
     return ["rope_type"] if "rope_type" in keys else keys  # the others belong to it
