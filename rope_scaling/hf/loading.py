@@ -90,7 +90,7 @@ def load_model(
     config = _buildable(config or load_config(name, **revision))
     if dtype == "auto" and getattr(config, "quantization_config", None):
         dtype = "stored"  # what quantized weights are computed in, their own code decides
-    cls, stored = _class_of(name, config), stored_dtype(config)
+    cls, stored = class_of(name, config), stored_dtype(config)
 
     def load(source: str, **given: Any) -> Any:
         with _unknown_types_named(config):
@@ -128,7 +128,7 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
         )
-    load = (model_class or _class_of(name, config)).from_pretrained
+    load = (model_class or class_of(name, config)).from_pretrained
     return _as_saved(_fetch(load, name, config=config, **arguments).eval())
 
 
@@ -185,7 +185,7 @@ def build_skeleton(name: str, config: Any) -> torch.nn.Module:
     """
     config = _buildable(config)
     with without_weights(), _unknown_types_named(config):
-        return _class_of(name, config)._from_config(config)
+        return class_of(name, config)._from_config(config)
 
 
 def check_language_model(name: str, config: Any = None) -> None:
@@ -195,7 +195,7 @@ def check_language_model(name: str, config: Any = None) -> None:
         RopeScalingError: it is one, or there is no such model.
     """
     config = config or load_config(name)
-    cls = _class_of(name, config)
+    cls = class_of(name, config)
     causal = getattr(text_config(config), "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
     if not cls.can_generate() or not causal:
         architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -232,7 +232,7 @@ def load_config(name: str, **arguments: Any) -> Any:
         return _fetch(AutoConfig.from_pretrained, name, **arguments)
 
 
-def _class_of(name: str, config: Any) -> Any:
+def class_of(name: str, config: Any) -> Any:
     """The class that a config names, or else the first that the auto classes have for it."""
     import transformers
 
