@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,8 @@ _AUTO_CLASSES = (
     *("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"),
 )
 """Where to look, in this order, for the class of a model whose config names none."""
+
+_HUB_ARGUMENTS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def model_source(name: str) -> str:
@@ -86,8 +89,7 @@ def load_model(
             raise RopeScalingError(f"{name!r} is an adapter, which takes no {', '.join(arguments)}. Merge it first.")
         base = load_model(_base_of(name, adapter), dtype, device, config, length)
         return _merged(name, base)
-    revision = {key: arguments[key] for key in ("revision",) if key in arguments}
-    config = _buildable(config or load_config(name, **revision))
+    config = _buildable(config or load_config(name, **_of_hub(arguments)))
     if dtype == "auto" and getattr(config, "quantization_config", None):
         dtype = "stored"  # what quantized weights are computed in, their own code decides
     cls, stored = class_of(name, config), stored_dtype(config)
@@ -122,7 +124,9 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
         RopeScalingError: there is no such model, or its config records no patch.
     """
     name = str(name)
-    config = _buildable(arguments.pop("config", None) or load_config(name))
+    if _adapter_config(name) is not None:
+        raise RopeScalingError(f"{name!r} is an adapter. Load it with `rope_scaling.load_adapter`.")
+    config = _buildable(arguments.pop("config", None) or load_config(name, **_of_hub(arguments)))
     text = text_config(config)
     if getattr(text, RECORD_KEY, None) is None and getattr(text, EXPORT_KEY, None) != V4:
         raise RopeScalingError(
@@ -232,6 +236,11 @@ def load_config(name: str, **arguments: Any) -> Any:
         return _fetch(AutoConfig.from_pretrained, name, **arguments)
 
 
+def _of_hub(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that say where files come from, for the config as for the weights."""
+    return {key: value for key, value in arguments.items() if key in _HUB_ARGUMENTS}
+
+
 def class_of(name: str, config: Any) -> Any:
     """The class that a config names, or else the first that the auto classes have for it."""
     import transformers
@@ -297,16 +306,24 @@ def _merged(name: str, base: Any) -> Any:
 
 def _adapter_config(name: str) -> dict[str, Any] | None:
     """The config of a PEFT adapter, or `None` for a model; what has both is a model."""
-    from transformers.utils import find_adapter_config_file
-
-    source = model_source(name)
-    file = None if (Path(source) / "config.json").exists() else find_adapter_config_file(source)
+    source = Path(model_source(name))
+    if not source.is_dir():
+        file = _hub_adapter_config(name)
+    else:
+        file = None if (source / "config.json").exists() else str(source / "adapter_config.json")
     if file is None:
         return None
     try:
         return dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RopeScalingError(f"The `adapter_config.json` of {name!r} is not valid: {first_line(error)}") from error
+
+
+@cache
+def _hub_adapter_config(name: str) -> str | None:
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(name)
 
 
 def _base_of(name: str, adapter: dict[str, Any]) -> str:

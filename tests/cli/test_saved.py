@@ -6,25 +6,14 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import TRAINED_LENGTH, make_model
+from conftest import FAMILIES, TRAINED_LENGTH, make_model
 
 import rope_scaling
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.recipes.measure import STAGES
 
 
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": TRAINED_LENGTH,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = FAMILIES["llama"][1] | {"vocab_size": 4096, "eos_token_id": 2}
 OLD_SIZES = {
     "vocab_size": 4096,
     "n_embd": 64,
