@@ -190,6 +190,16 @@ def test_evaluate_measures_the_saved_method_against_the_model_it_was_made_from(k
         assert losses(rows, own[0]) != losses(rows, "unpatched")
 
 
+def test_a_sweep_leaves_out_what_the_model_does_not_take(saved, text, command, tmp_path):
+    data = ["--data", text, "--lengths", "1x,2x", "--max-documents", 1]
+    done = command("evaluate", "--model", saved("mllama"), *data, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    left_out = [line for line in done.stderr.splitlines() if "methods left out (" in line]
+    assert len(left_out) == 1 and "rerope" in left_out[0] and "spans cannot reach it" in left_out[0]
+    methods = {json.loads(line)["method"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()}
+    assert {"yarn", "linear", "unpatched"} < methods and "rerope" not in methods
+
+
 def test_evaluate_measures_the_weights_of_an_adapter(saved, text, command, tmp_path):
     merged, base = (
         rows_of(command, folder, text, tmp_path / folder.name, "--method", "linear")
