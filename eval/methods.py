@@ -59,19 +59,6 @@ class MethodSpec:
             return self
         return replace(self, arguments={"original_max_position_embeddings": length, **self.arguments})
 
-    def reaching(self, length: int) -> MethodSpec:
-        """With a target length, in tokens, if it has no extent of its own and takes no factor."""
-        parts = ((self.method, self.arguments),) if isinstance(self.method, str) else self.method
-        own = any(
-            not isinstance(part, tuple)
-            or issubclass(method_class(part[0]), FrequencyMethod)
-            or {"factor", "target_length"} & part[1].keys()
-            for part in parts
-        )
-        if own or self.takes_factor:
-            return self
-        return replace(self, arguments={**self.arguments, "target_length": length})
-
     def patched(self, model: Any, factor: float) -> AbstractContextManager[Any]:
         """The model under this method, with `factor` for those that are made for one and bring none."""
         if self.method == UNPATCHED:
@@ -204,6 +191,18 @@ def default_methods(model: str, factor: float) -> list[MethodSpec]:
         elif not needed and not issubclass(cls, Temperature):
             specs.append(MethodSpec(name, name, {}))
     return specs
+
+
+def applicable(model: Any, specs: list[MethodSpec], factor: float) -> tuple[list[MethodSpec], dict[str, str]]:
+    """Those of a sweep's methods that a model takes, and by label why it does not take the others."""
+    taken, refused = [], {}
+    for spec in specs:
+        try:
+            with spec.patched(model, factor):
+                taken.append(spec)
+        except RopeScalingError as error:
+            refused[spec.label] = str(error)
+    return taken, refused
 
 
 def self_extend_to(factor: float) -> MethodSpec:

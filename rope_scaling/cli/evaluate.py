@@ -64,10 +64,9 @@ def run(
     config = _config(loaded, model=model, data=data, original_length=original_length, **settings)
     if settings["factor"] is not None or settings["target_length"] is not None:
         named.check_extent(loaded, [spec.trained_at(original_length) for spec in asked], config.factor)
-    specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
+    lengthen_tables(loaded, config.lengths[-1])
+    specs = named.with_yarn(specs, config.factor) if specs else _sweep(named, loaded, model, config.factor)
     specs = [spec.trained_at(original_length) for spec in specs]
-    if lengthen_tables(loaded, config.lengths[-1]):
-        specs = [spec.reaching(config.lengths[-1]) for spec in specs]
     source = kinds.Source(
         lambda: read_texts(data, column=column, split=split, subset=subset),
         tokenizer,
@@ -83,6 +82,15 @@ def run(
     if state.is_main_process:
         _show(folder, max(work, key=lambda one: one.skipped))
         _say_what_was_found(measured, folder)
+
+
+def _sweep(named: Any, loaded: Any, model: str, factor: float) -> list[Any]:
+    """The methods to measure where none is named: all that the model takes. Says which it does not."""
+    specs, refused = named.applicable(loaded, named.default_methods(model, factor), factor)
+    if refused:
+        reason = next(iter(refused.values()))
+        print(f"rope-scaling: {len(refused)} methods left out ({', '.join(refused)}): {reason}", file=sys.stderr)
+    return named.with_yarn(specs, factor)
 
 
 def _tasks(suite: str | None, tasks: list[str] | None) -> list[Any]:

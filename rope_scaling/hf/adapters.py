@@ -14,7 +14,7 @@ from rope_scaling.errors import RopeScalingError, cause_of
 from rope_scaling.hf.loud import is_loud
 from rope_scaling.hf.overlay import Overlay, lay_over
 from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.pretrained import RECORD_KEY, text_config
 from rope_scaling.hf.rotary import rotary_slots
 
 
@@ -84,7 +84,7 @@ def load_adapter(
         model (`nn.Module`, *optional*): Its base model, unpatched or patched alike. By default the one that the
             adapter names is loaded.
         is_trainable (`bool`): For training on.
-        **arguments: For loading the base model, as `AutoModelForCausalLM.from_pretrained` takes them.
+        **arguments: For loading the base model, as `PreTrainedModel.from_pretrained` takes them.
 
     Returns:
         `PeftModel`: in evaluation mode unless trainable.
@@ -134,17 +134,18 @@ def load_adapter(
 
 
 def _load_base(config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from rope_scaling.hf.loading import from_pretrained
+    from rope_scaling.hf.loading import class_of, from_pretrained
 
     base = config.get("base_model_name_or_path")
     if not base:
         raise RopeScalingError("The adapter names no base model. Give it loaded: `load_adapter(name, model)`.")
     try:
-        if is_loud(AutoConfig.from_pretrained(base)):
+        model_config = AutoConfig.from_pretrained(base)
+        if is_loud(text_config(model_config)):
             return from_pretrained(base, **arguments)
-        return AutoModelForCausalLM.from_pretrained(base, **arguments).eval()
+        return class_of(base, model_config).from_pretrained(base, **arguments).eval()
     except RopeScalingError:
         raise
     except Exception as error:  # a checkpoint, a config class or the network may fail in any way

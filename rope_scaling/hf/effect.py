@@ -36,6 +36,8 @@ def check_felt(model: nn.Module, slots: list[Slot], patched: set[tuple[str, str 
             continue
         rotating, used = seen
         if not any(rotating):
+            if all(_is_zero(slot) for slot in slots if slot.decoder == path):
+                continue  # a model under `drope`: what its layers would rotate by cannot be seen
             raise RopeScalingError(
                 f"No layer of {type(decoder).__name__} rotates queries and keys, although it has a rotary module (a "
                 "model with ALiBi, for one): a patch could not change any logit. Extend it by what its attention uses."
@@ -59,6 +61,11 @@ def check_felt(model: nn.Module, slots: list[Slot], patched: set[tuple[str, str 
                 "without it.",
                 stacklevel=level_of_the_caller(),
             )
+
+
+def _is_zero(slot: Slot) -> bool:
+    """Whether all frequencies of a rotary module are zero, or as near to it as a config can say."""
+    return bool((slot.inv_freq.detach().float().abs() < 1e-30).all())
 
 
 def warn_of_windows(config: Any, length: int) -> None:

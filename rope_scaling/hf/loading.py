@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,8 @@ _AUTO_CLASSES = (
     *("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"),
 )
 """Where to look, in this order, for the class of a model whose config names none."""
+
+_HUB_ARGUMENTS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def model_source(name: str) -> str:
@@ -86,11 +89,10 @@ def load_model(
             raise RopeScalingError(f"{name!r} is an adapter, which takes no {', '.join(arguments)}. Merge it first.")
         base = load_model(_base_of(name, adapter), dtype, device, config, length)
         return _merged(name, base)
-    revision = {key: arguments[key] for key in ("revision",) if key in arguments}
-    config = _buildable(config or load_config(name, **revision))
+    config = _buildable(config or load_config(name, **_of_hub(arguments)))
     if dtype == "auto" and getattr(config, "quantization_config", None):
         dtype = "stored"  # what quantized weights are computed in, their own code decides
-    cls, stored = _class_of(name, config), stored_dtype(config)
+    cls, stored = class_of(name, config), stored_dtype(config)
 
     def load(source: str, **given: Any) -> Any:
         with _unknown_types_named(config):
@@ -122,13 +124,15 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
         RopeScalingError: there is no such model, or its config records no patch.
     """
     name = str(name)
-    config = _buildable(arguments.pop("config", None) or load_config(name))
+    if _adapter_config(name) is not None:
+        raise RopeScalingError(f"{name!r} is an adapter. Load it with `rope_scaling.load_adapter`.")
+    config = _buildable(arguments.pop("config", None) or load_config(name, **_of_hub(arguments)))
     text = text_config(config)
     if getattr(text, RECORD_KEY, None) is None and getattr(text, EXPORT_KEY, None) != V4:
         raise RopeScalingError(
             f"{name!r} records no patch. Load it with `AutoModelForCausalLM.from_pretrained`, and patch it."
         )
-    load = (model_class or _class_of(name, config)).from_pretrained
+    load = (model_class or class_of(name, config)).from_pretrained
     return _as_saved(_fetch(load, name, config=config, **arguments).eval())
 
 
@@ -185,7 +189,7 @@ def build_skeleton(name: str, config: Any) -> torch.nn.Module:
     """
     config = _buildable(config)
     with without_weights(), _unknown_types_named(config):
-        return _class_of(name, config)._from_config(config)
+        return class_of(name, config)._from_config(config)
 
 
 def check_language_model(name: str, config: Any = None) -> None:
@@ -195,7 +199,7 @@ def check_language_model(name: str, config: Any = None) -> None:
         RopeScalingError: it is one, or there is no such model.
     """
     config = config or load_config(name)
-    cls = _class_of(name, config)
+    cls = class_of(name, config)
     causal = getattr(text_config(config), "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
     if not cls.can_generate() or not causal:
         architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -232,7 +236,12 @@ def load_config(name: str, **arguments: Any) -> Any:
         return _fetch(AutoConfig.from_pretrained, name, **arguments)
 
 
-def _class_of(name: str, config: Any) -> Any:
+def _of_hub(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that say where files come from, for the config as for the weights."""
+    return {key: value for key, value in arguments.items() if key in _HUB_ARGUMENTS}
+
+
+def class_of(name: str, config: Any) -> Any:
     """The class that a config names, or else the first that the auto classes have for it."""
     import transformers
 
@@ -297,16 +306,24 @@ def _merged(name: str, base: Any) -> Any:
 
 def _adapter_config(name: str) -> dict[str, Any] | None:
     """The config of a PEFT adapter, or `None` for a model; what has both is a model."""
-    from transformers.utils import find_adapter_config_file
-
-    source = model_source(name)
-    file = None if (Path(source) / "config.json").exists() else find_adapter_config_file(source)
+    source = Path(model_source(name))
+    if not source.is_dir():
+        file = _hub_adapter_config(name)
+    else:
+        file = None if (source / "config.json").exists() else str(source / "adapter_config.json")
     if file is None:
         return None
     try:
         return dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RopeScalingError(f"The `adapter_config.json` of {name!r} is not valid: {first_line(error)}") from error
+
+
+@cache
+def _hub_adapter_config(name: str) -> str | None:
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(name)
 
 
 def _base_of(name: str, adapter: dict[str, Any]) -> str:

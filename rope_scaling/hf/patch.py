@@ -37,7 +37,7 @@ from rope_scaling.hf.resolve import NamedMethod, Resolved, choose_slots, resolve
 from rope_scaling.hf.rotary import Slot, patched_place, patched_record, restore, rotary_slots, set_record
 from rope_scaling.hf.s2 import has_s2_attention
 from rope_scaling.hf.softmax import scale_softmax
-from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.tables import TableSlot, rope_parameters_of
 from rope_scaling.methods import Method
 
 
@@ -288,7 +288,7 @@ def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original
     pretrained = read_pretrained(slot, settings, original_length)
     _check_as_configured(slot, pretrained)
     if wanted.frequency is None:
-        if wanted.target_length is None and not slot.in_config:
+        if wanted.target_length is None and isinstance(slot, TableSlot) and slot.ends_at(pretrained.reach):
             raise RopeScalingError(
                 f"{type(slot.module).__name__} looks its angles up in a table with a row for every position, which "
                 f"has {pretrained.reach}. Say how far to read: `patch(..., target_length={2 * pretrained.reach})`."

@@ -90,6 +90,10 @@ class TableSlot(Slot):
         base = rope_parameters_of(config)["rope_theta"]
         return 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
 
+    def ends_at(self, length: int) -> bool:
+        """Whether the table is computed for a length and has no rows beyond this one, in tokens."""
+        return not self.in_config and len(self.table) <= length
+
     def lengthen(self, length: int) -> None:
         """Rows for `length` positions at the frequencies in use; those that are there stay as they are."""
         rows = _table(self.default_frequencies(self.config)[0], 1.0, length).to(self.table)
@@ -119,22 +123,17 @@ def table_slots(model: nn.Module) -> list[Slot]:
     return found
 
 
-def lengthen_tables(model: nn.Module, length: int) -> bool:
+def lengthen_tables(model: nn.Module, length: int) -> None:
     """Lets an unpatched model with tables for `max_position_embeddings` positions (GPT-J, CodeGen) read further at the
     frequencies it has, as a model without tables can.
 
     Args:
         model (`nn.Module`): The model; its config and what `save_pretrained` writes do not change.
         length (`int`): Tokens that it is to read.
-
-    Returns:
-        Whether it has such tables.
     """
-    slots = [slot for slot in table_slots(model) if isinstance(slot, TableSlot) and not slot.in_config]
-    for slot in slots:
-        if len(slot.table) < length:
+    for slot in table_slots(model):
+        if isinstance(slot, TableSlot) and slot.ends_at(length - 1):
             slot.lengthen(length)
-    return bool(slots)
 
 
 def _table_name(module: nn.Module) -> str | None:

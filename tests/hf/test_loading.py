@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import make_model
 
+import rope_scaling
+from rope_scaling import RopeScalingError
 from rope_scaling.hf.dtype import is_fast
 from rope_scaling.hf.loading import load_model, load_tokenizer
 
@@ -106,3 +108,29 @@ def test_what_counts_as_fast_is_not_slow(dtype):
         matrix = torch.ones(256, 256, dtype=one)
         seconds[one] = min(timeit.repeat(partial(torch.mm, matrix, matrix), number=1, repeat=20))
     assert seconds[dtype] < 2 * seconds[torch.float32]
+
+
+def test_config_and_weights_come_from_the_same_place(tmp_path):
+    """Two revisions in a cache of the hub that is not the usual one."""
+    repository = tmp_path / "models--org--name"
+    for name, commit, method in (("main", "a" * 40, "rerope"), ("older", "b" * 40, "log_n")):
+        folder = repository / "snapshots" / commit
+        rope_scaling.patch(make_model("llama"), method).save_pretrained(folder)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    for arguments, method in (({}, "rerope"), ({"revision": "older"}, "log_n")):
+        model = rope_scaling.from_pretrained("org/name", cache_dir=tmp_path, **arguments)
+        assert f": {method}" in str(rope_scaling.describe(model))
+        assert f": {method}" in str(rope_scaling.describe(load_model("org/name", cache_dir=tmp_path, **arguments)))
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "demo"}')
+    with pytest.raises(RopeScalingError, match=r"is an adapter. Load it with `rope_scaling.load_adapter`"):
+        rope_scaling.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(RopeScalingError, match=r"The `adapter_config.json` of .* is not valid"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(RopeScalingError, match="names no base model"):
+        load_model(str(tmp_path))
