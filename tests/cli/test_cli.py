@@ -265,7 +265,7 @@ def test_the_exit_status_reaches_the_shell():
 def test_a_warning_is_one_line(folder, text, tmp_path, capsys):
     arguments = ["--model", folder, "--method", "self_extend:group_size=2", "--data", text, "--lengths", "4x"]
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", *map(str, arguments), "--factor", "2", "--output", str(tmp_path / "out")])
+        main(["evaluate", *map(str, arguments), "--output", str(tmp_path / "out")])
     assert stopped.value.code == 0
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("rope-scaling: warning: A text of 255 tokens is beyond the reach") for line in lines)
