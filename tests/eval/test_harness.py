@@ -310,6 +310,11 @@ def test_longbench_by_the_command(monkeypatch, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     scores = {(row["method"], row["to"]) for row in rows if row["metric"] == "score"}
     assert scores == {(method, to) for method in ("unpatched", "cropping", "yarn", "rerope") for to in (256, 512)}
+    for again, said in (([], "8 of 8 scores were found"), (["--fresh"], "Documents skipped")):
+        with pytest.raises(SystemExit):
+            main(["harness", *arguments, *again, "--output", str(tmp_path / "out")])
+        out = " ".join(capsys.readouterr().out.split())
+        assert said in out and ("were found" in out) == (not again)
 
 
 def test_babilong_comes_in_the_size_of_each_length(monkeypatch):
