@@ -18,6 +18,7 @@ from rope_scaling.hf.extend import matches
 from rope_scaling.hf.older_keys import EXPORT_KEY, READ_BY_V4, V4, older_keys
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
+from rope_scaling.hf.rope_types import with_static_base
 from rope_scaling.hf.rotary import Slot, rotary_slots
 from rope_scaling.hf.tables import rope_parameters_of
 
@@ -151,6 +152,7 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
 
 def _portable(slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
     """RoPE parameters that the target computes the live frequencies from."""
+    parameters = with_static_base(parameters, slot.config)
     kind = parameters["rope_type"]
     if stated_as_it_is(parameters, target):
         return dict(parameters)

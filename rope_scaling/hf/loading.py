@@ -117,12 +117,14 @@ def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = config or load_config(name)
-    check_types(rope_parameters_of(config.get_text_config()))
     try:
         with without_weights():
             return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise RopeScalingError(f"{name!r} is no causal language model: {_first_line(error)}") from error
+    except (KeyError, TypeError):
+        check_types(rope_parameters_of(config.get_text_config()))
+        raise
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:

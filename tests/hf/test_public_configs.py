@@ -77,6 +77,14 @@ def test_hunyuans_fixed_alpha_is_a_base_to_extend_from(tmp_path):
     assert torch.equal(logits(rope_scaling.unpatch(rope_scaling.patch(model, "self_extend", group_size=4))), before)
 
 
+@pytest.mark.parametrize("target", ["transformers-v4", "vllm", "sglang", "llama.cpp"])
+def test_servers_read_hunyuans_base(target, tmp_path):
+    assert codes(diagnose(folder(tmp_path, HUNYUAN), targets=target)) == set()
+    overrides = rope_scaling.config_overrides(made(HUNYUAN, tmp_path), target)
+    assert overrides["rope_theta"] == pytest.approx(hunyuan_base(32))
+    assert overrides["rope_parameters"]["rope_type"] == "default" and "alpha" not in overrides["rope_parameters"]
+
+
 def test_what_a_length_dependent_model_is_told_to_load_keeps_its_other_parameters(tmp_path):
     """The logits within the trained length are the same when it is loaded as the error says."""
     config = {

@@ -11,6 +11,7 @@ from rope_scaling.hf.doctor.settings import same
 from rope_scaling.hf.doctor.sources import Source
 from rope_scaling.hf.export import TARGETS, config_overrides
 from rope_scaling.hf.older_keys import EXPORT_KEY, V4
+from rope_scaling.hf.rope_types import with_static_base
 
 
 _READ_THE_OLD_FORM = {"transformers-v4": "Transformers 4", "sglang": "SGLang"}
@@ -37,6 +38,7 @@ def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterato
             )
         stated = {"rope_theta": source.text.get("rope_theta"), "rope_type": "default", **source.stated}
         stated["rope_type"] = source.stated.get("rope_type") or source.stated.get("type") or "default"
+        stated = with_static_base(stated, source.config)
         differing = [key for key, value in needed.items() if value is not None and not same(stated.get(key), value)]
         implied = {"original_max_position_embeddings", "attention_factor", "partial_rotary_factor", "rope_theta"}
         if stated["rope_type"] != needed["rope_type"] or set(differing) - implied:
