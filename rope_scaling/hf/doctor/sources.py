@@ -131,12 +131,12 @@ def _code_of(folder: str) -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
-def _section(raw: dict[str, Any]) -> dict[str, Any]:
+def _section(raw: dict[str, Any], depth: int = 3) -> dict[str, Any]:
     """The part of a config that has the RoPE settings: that of the language model inside it, or itself."""
-    inner = {key: value for key, value in raw.items() if isinstance(value, dict)}
-    named = [_section(inner[name]) for name in _TEXT if name in inner]
-    candidates = [*named, raw, *(_section(value) for key, value in inner.items() if key not in _TEXT)]
-    return next((one for one in candidates if any(key in one for key in _ROPE_KEYS)), raw)
+    inner = {key: value for key, value in raw.items() if isinstance(value, dict) and depth}
+    named = [_section(inner[name], depth - 1) for name in _TEXT if name in inner]
+    others = [_section(value, depth - 1) for key, value in inner.items() if key not in _TEXT]
+    return next((one for one in (*named, raw, *others) if any(key in one for key in _ROPE_KEYS)), raw)
 
 
 def _read_json(place: str, name: str) -> dict[str, Any] | None:
