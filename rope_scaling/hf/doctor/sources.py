@@ -83,7 +83,7 @@ def read_source(name: str) -> Source:
         with unwarned():
             config = _text_config(load_config(name))
     except (RopeScalingError, RecursionError) as error:
-        return Source(name, _section(raw), None, str(error), files=files)
+        return Source(name, _section(raw), None, _refusal(error), files=files)
     return _source(name, _section(raw), config, files)
 
 
@@ -107,6 +107,12 @@ def _is_adapter(name: str) -> bool:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _refusal(error: Exception) -> str:
+    """Why a config could not be loaded: what its class says of the value, if it is that."""
+    reason = " ".join(str(error.__cause__ or error).split())
+    return f"{reason:.400}" if "alidation error" in reason else str(error)
 
 
 def _text_config(config: Any) -> Any:
