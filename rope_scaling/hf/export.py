@@ -18,6 +18,7 @@ from rope_scaling.hf.configs import config_of
 from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, V4, in_older_form, is_reworded, older_keys
 from rope_scaling.hf.patch import applied_patch, patch_record
 from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, pretrained_settings, read_pretrained
+from rope_scaling.hf.rope_types import with_static_base
 from rope_scaling.hf.rotary import Slot, rotary_slots
 from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.hf.targets import (
@@ -188,6 +189,7 @@ def _settings(model: nn.Module, target: str) -> dict[str, Any]:
 
 def _portable(model: nn.Module, slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
     """RoPE parameters that the target computes the live frequencies from."""
+    parameters = with_static_base(parameters, slot.config)
     config, kind = slot.config, parameters["rope_type"]
     known = READ_KEYS | set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
     stated = {key: value for key, value in parameters.items() if key in known and value is not None}

@@ -15,6 +15,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.export import check_exportable, stated_as_it_is
 from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+from rope_scaling.hf.rope_types import with_static_base
 from rope_scaling.hf.rotary import Slot, rotary_slots
 from rope_scaling.hf.tables import rope_parameters_of
 
@@ -104,7 +105,7 @@ def _check_same_model(reader: Any, architecture: str, slot: Slot) -> None:
 
 def _scaling(slot: Slot, architecture: str) -> tuple[dict[str, Any], np.ndarray | None]:
     """Metadata below the architecture's name, and the factors that its frequencies are divided by, `[R / 2]`."""
-    parameters = rope_parameters_of(slot.config)
+    parameters = with_static_base(rope_parameters_of(slot.config), slot.config)
     kind, base = parameters["rope_type"], float(parameters["rope_theta"])
     values: dict[str, Any] = {"context_length": slot.config.max_position_embeddings, "rope.freq_base": base}
     if kind in ("default", "linear", "yarn") and stated_as_it_is(parameters, "llama.cpp", slot.config):
@@ -122,7 +123,7 @@ def _scaling(slot: Slot, architecture: str) -> tuple[dict[str, Any], np.ndarray 
     pretrained = read_pretrained(slot, pretrained_settings(slot.config))
     plain, live = default_inv_freq(pretrained.geometry).double(), slot.inv_freq.detach().double().cpu()
     factors = torch.where(live.abs() > 1e-30, plain / live, math.inf).clamp(max=1e30)
-    values["rope.scaling.type"] = "none"
+    values |= {"rope.freq_base": pretrained.geometry.rope_theta, "rope.scaling.type": "none"}
     if slot.attention_factor != 1.0:
         values["rope.scaling.attn_factor"] = slot.attention_factor
     return values, factors.float().numpy()

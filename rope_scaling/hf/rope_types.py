@@ -8,13 +8,13 @@ from rope_scaling.errors import RopeScalingError, is_number
 
 
 _REMEDIES = {
-    "su": "Phi-3's first name of 'longrope'. Write 'longrope', and the trained length as "
-    "`original_max_position_embeddings` inside `rope_scaling` too",
-    "deepseek_yarn": "vLLM's and SGLang's name of DeepSeek's 'yarn'. Write 'yarn'",
-    "mrope": "Qwen-VL's name of 'default' with `mrope_section`. Write 'default'",
-    "ntk": "a larger base in other tools, computed differently by each. Remove the scaling, and use "
-    "`rope_scaling.patch(model, 'ntk', factor=...)`",
-    None: "no type at all. Write the type that the weights were trained with, or remove the scaling if there was none",
+    "su": "It is the first name of 'longrope'. Write 'longrope', and the trained length as "
+    "`original_max_position_embeddings` inside `rope_scaling` too.",
+    "deepseek_yarn": "vLLM and SGLang call DeepSeek's 'yarn' so. Write 'yarn'.",
+    "mrope": "Qwen-VL calls 'default' with `mrope_section` so. Write 'default'.",
+    "ntk": "Other tools call a larger base so, each with its own formula. Remove the scaling, and use "
+    "`rope_scaling.patch(model, 'ntk', factor=...)`.",
+    None: "Write the type that the weights were trained with, or remove the scaling if there was none.",
 }
 
 
@@ -31,13 +31,11 @@ def type_of(parameters: dict[str, Any]) -> Any:
 
 
 def remedy(kind: Any) -> str:
-    """What an unknown type is, as far as it is known from elsewhere, and what to do; whole sentences."""
+    """What to write in place of a type that Transformers does not compute; whole sentences."""
     if (kind is None or isinstance(kind, str)) and kind in _REMEDIES:
-        return f"It is {_REMEDIES[kind]}."
-    return (
-        f"It must be one of {', '.join(sorted(known_types() - {'axial'}))}; "
-        "a checkpoint for another library needs that library."
-    )
+        return _REMEDIES[kind]
+    allowed = ", ".join(sorted(known_types() - {"axial"}))
+    return f"It must be one of {allowed}; a checkpoint for another library needs that library."
 
 
 def check_types(parameters: Any) -> None:

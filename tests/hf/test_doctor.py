@@ -163,6 +163,19 @@ def test_the_tokenizer_says_whether_linear_scales_from_the_stated_length(tmp_pat
     assert codes(diagnose(path)) == set()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_scaling": "linear"}, "Field 'rope_parameters' with value 'linear'"),
+        ({"max_position_embeddings": "256"}, "Field 'max_position_embeddings' expected int, got str"),
+        ({"model_type": "phi3", "rope_scaling": {**LONGROPE, "long_factor": [4.0] * 7}}, "must have length 8, got 7"),
+    ],
+)
+def test_a_refusal_names_the_value_and_gives_no_advice_on_downloads(changes, said, tmp_path):
+    (finding,) = [one for one in diagnose(folder(tmp_path, {**LLAMA, **changes})).findings if one.code == "RS114"]
+    assert said in finding.cause and "download" not in finding.cause
+
+
 def test_notes(tmp_path):
     path = folder(tmp_path, {**LLAMA, "rope_scaling": YARN})
     assert codes(diagnose(path), notes=True) == {"RS112"} and diagnose(path).healthy

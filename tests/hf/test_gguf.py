@@ -35,6 +35,17 @@ def test_every_static_method_goes_into_the_file(case, base, tmp_path):
     assert length == model.config.max_position_embeddings
 
 
+@pytest.mark.parametrize("method", ["as it arrived", "linear", "ntk", "yarn"])
+def test_a_model_that_arrives_with_a_share_of_its_pairs_goes_into_the_file(method, base, tmp_path):
+    rope = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e4}
+    model = make_model("llama", rope_parameters=rope)
+    if method != "as it arrived":
+        rope_scaling.patch(model, method, factor=4)
+    inv_freq, attention_factor, _ = gguf_files.read(rewrite_gguf(model, base, tmp_path / "new.gguf"))
+    assert np.allclose(inv_freq, rotary(model).inv_freq.double().numpy(), rtol=1e-6, atol=1e-29)
+    assert attention_factor == pytest.approx(rotary(model).attention_scaling, rel=1e-6)
+
+
 def test_weights_are_copied_byte_for_byte_and_old_scaling_goes(base, tmp_path):
     first = rewrite_gguf(apply(make_model("llama"), "mrrope_pro"), base, tmp_path / "first.gguf")
     second = rewrite_gguf(rope_scaling.patch(make_model("llama"), "ntk", factor=4), first, tmp_path / "second.gguf")

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import close, logits, rotary
+from conftest import close, logits, make_model, rotary
 from public_configs import HUNYUAN, RIGHT, SCOUT, SIZES, WRONG
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,6 +16,9 @@ from references import formulas
 from rope_scaling import RopeScalingError, diagnose
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.loading import load_skeleton
+
+
+WITHOUT_ROPE = {"mpt-7b", "gpt2", "bert-base", "musicgen-small"}
 
 
 def folder(path, config, **files):
@@ -35,6 +38,7 @@ def test_the_doctor_is_silent_where_a_config_is_right(name, tmp_path):
         pytest.skip("this Transformers does not have the family")
     diagnosis = diagnose(folder(tmp_path, RIGHT[name]))
     assert codes(diagnosis) == set(), str(diagnosis)
+    assert (diagnosis.description is None) == (name in WITHOUT_ROPE)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -44,6 +48,21 @@ def test_the_doctor_names_what_is_wrong_and_the_line_that_fixes_it(name, tmp_pat
     diagnosis = diagnose(folder(tmp_path, config, **tokenizer))
     assert codes(diagnosis) == expected, str(diagnosis)
     assert said in str(diagnosis)
+
+
+def test_the_advised_patches_count_from_the_trained_length():
+    """As the findings for Qwen2.5-1M, nomic-embed, LongAlpaca and Command R say, at a hundredth of their lengths."""
+    linear = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+    for method, changes, arguments, reach, target in [
+        ("dual_chunk", {"max_position_embeddings": 1010}, {"target_length": 1010}, 262, 1010),
+        ("ntk", {"max_position_embeddings": 1010}, {"target_length": 1010}, 262, 1010),
+        ("linear", {"max_position_embeddings": 262, "rope_parameters": linear}, {"factor": 2}, 2096, 4192),
+        ("yarn", {"max_position_embeddings": 64}, {"factor": 2}, 262, 524),
+    ]:
+        model = make_model("llama", **changes)
+        rope_scaling.patch(model, method, original_max_position_embeddings=262, **arguments)
+        (slot,) = read_description(model).slots
+        assert (slot.original_length, slot.reach, slot.target_length) == (262, reach, target)
 
 
 def made(config, path):
@@ -75,6 +94,14 @@ def test_hunyuans_fixed_alpha_is_a_base_to_extend_from(tmp_path):
     assert torch.equal(logits(rope_scaling.unpatch(model)), before)
     assert model.config.rope_parameters["alpha"] == 1000.0
     assert torch.equal(logits(rope_scaling.unpatch(rope_scaling.patch(model, "self_extend", group_size=4))), before)
+
+
+@pytest.mark.parametrize("target", ["transformers-v4", "vllm", "sglang", "llama.cpp"])
+def test_servers_read_hunyuans_base(target, tmp_path):
+    assert codes(diagnose(folder(tmp_path, HUNYUAN), targets=target)) == set()
+    overrides = rope_scaling.config_overrides(made(HUNYUAN, tmp_path), target)
+    assert overrides["rope_theta"] == pytest.approx(hunyuan_base(32))
+    assert overrides["rope_parameters"]["rope_type"] == "default" and "alpha" not in overrides["rope_parameters"]
 
 
 def test_what_a_length_dependent_model_is_told_to_load_keeps_its_other_parameters(tmp_path):

@@ -24,7 +24,7 @@ CODES = {
     "RS113": (WARNING, "no length"),
     "RS114": (ERROR, "Transformers cannot read it"),
     "RS115": (WARNING, "another length is stated elsewhere"),
-    "RS116": (WARNING, "length that rests on what is ignored"),
+    "RS116": (WARNING, "length that depends on an ignored key"),
     # What lies in the folder
     "RS201": (NOTE, "needs this library to load"),
     "RS202": (ERROR, "record of the patch damaged"),

@@ -44,7 +44,7 @@ def check_part(source: Source, kind: str, where: str, written: dict, read: dict)
     if not is_length(original) or not is_number(factor):
         return
     reached = original * factor
-    # Some round the length down a little (128000 for 131072), which takes nothing away but that.
+    # Some round the length down a little: 128000 for 131072.
     if kind in ("yarn", "longrope") and factor > 1 and not 0.95 * reached <= length <= reached + 1:
         equal = " The length was not raised with the factor, so tools that go by it stop at the trained length."
         other = f", or `factor` to {length / original:g}, whichever the model was trained with"
@@ -83,7 +83,7 @@ def _before_linear(source: Source, factor: float, where: str) -> Iterator[Findin
 
 
 def check_other_lengths(source: Source) -> Iterator[Finding]:
-    """Lengths under other keys than `max_position_embeddings`, and lengths that rest on what Transformers ignores."""
+    """Lengths under other keys than `max_position_embeddings`, and those that depend on keys that are ignored."""
     length, text = source.length, source.text
     if not is_length(length):
         return
@@ -111,7 +111,7 @@ def _on_ignored_attention(source: Source) -> Iterator[Finding]:
     if is_length(trained) and trained < length:
         yield found(
             "RS116",
-            f"`max_position_embeddings` {length} rests on `{key}`, which Transformers and current servers ignore: "
+            f"`max_position_embeddings` {length} depends on `{key}`, which Transformers and current servers ignore: "
             f"they run plain attention, and the model was trained at {trained} tokens.",
             f"Use `rope_scaling.patch(model, 'dual_chunk', original_max_position_embeddings={trained}, "
             f"target_length={length})`, or set `max_position_embeddings` to {trained}.",

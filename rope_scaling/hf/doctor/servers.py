@@ -11,6 +11,7 @@ from rope_scaling.hf.doctor.settings import same
 from rope_scaling.hf.doctor.sources import Source
 from rope_scaling.hf.export import text_overrides
 from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, SLIDING, V4, stated_in_older_keys
+from rope_scaling.hf.rope_types import with_static_base
 from rope_scaling.hf.tables import rope_parameters_of
 from rope_scaling.hf.targets import SECTIONS, TARGETS, computes_otherwise
 
@@ -65,7 +66,8 @@ def _differing(source: Source, needed: dict[str, Any]) -> list[str]:
     different = []
     for label, (written, read) in source.parts().items():
         kind = read.get("rope_type") or read.get("type") or "default"  # older names of types are read as today's
-        stated = {**_DEFAULTS, **(read if label else {**above, **written}), "rope_type": kind}
+        stated = with_static_base({**(read if label else {**above, **written}), "rope_type": kind}, source.config)
+        stated = {**_DEFAULTS, **stated}
         parameters = needed["rope_parameters"][label] if label else needed["rope_parameters"]
         different += _differing_keys(stated, parameters)
     beside = [key for key in ("llama_4_scaling",) if source.text.get(key) != needed.get(key, source.text.get(key))]

@@ -176,7 +176,8 @@ def _behaviour(source: Source, kind: str, where: str, read: dict) -> Iterator[Fi
             "under caching, or `ntk` at a fixed length.",
         )
     if kind == "longrope" and read.get("short_factor") != read.get("long_factor"):
-        starts_anew = getattr(source.config, "model_type", "") in _DROPS_CACHE
+        original = original or source.text.get("original_max_position_embeddings")
+        starts_anew = (getattr(source.config, "model_type", None) or source.text.get("model_type")) in _DROPS_CACHE
         how = "starts the cache anew there" if starts_anew else "goes on with keys turned by the other set"
         yield found(
             "RS109",

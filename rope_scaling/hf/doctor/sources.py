@@ -102,7 +102,7 @@ def read_source(name: str) -> Source:
             whole = load_config(name)
             config = text_config(whole)
     except (RopeScalingError, RecursionError) as error:
-        return Source(name, _section(raw), None, refusal=str(error), files=files)
+        return Source(name, _section(raw), None, refusal=_refusal(error), files=files)
     return replace(_source(name, _section(raw), config, files), whole=whole)
 
 
@@ -128,6 +128,12 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _refusal(error: Exception) -> str:
+    """Why a config could not be loaded: what its class says of the value, if it is that."""
+    reason = " ".join(str(error.__cause__ or error).split())
+    return f"{reason:.400}" if "alidation error" in reason else str(error)
+
+
 def family_reads(config: Any, key: str) -> bool:
     """Whether the code of a model's family, in the folder of its config class, mentions a key of the config."""
     if config is None:
@@ -142,12 +148,12 @@ def _code_of(folder: str) -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
-def _section(raw: dict[str, Any]) -> dict[str, Any]:
+def _section(raw: dict[str, Any], depth: int = 3) -> dict[str, Any]:
     """The part of a config that has the RoPE settings: that of the language model inside it, or itself."""
-    inner = {key: value for key, value in raw.items() if isinstance(value, dict)}
-    named = [_section(inner[name]) for name in _TEXT if name in inner]
-    candidates = [*named, raw, *(_section(value) for key, value in inner.items() if key not in _TEXT)]
-    return next((one for one in candidates if any(key in one for key in _ROPE_KEYS)), raw)
+    inner = {key: value for key, value in raw.items() if isinstance(value, dict) and depth}
+    named = [_section(inner[name], depth - 1) for name in _TEXT if name in inner]
+    others = [_section(value, depth - 1) for key, value in inner.items() if key not in _TEXT]
+    return next((one for one in (*named, raw, *others) if any(key in one for key in _ROPE_KEYS)), raw)
 
 
 def _read_json(place: str, name: str) -> dict[str, Any] | None:
