@@ -129,6 +129,8 @@ class Store:
         write_rows(path, _merged(read_rows(path) if path.exists() else [], rows))
 
 
+_SAID = {"weights_sha256": "hash of the model's weights and config"}
+"""What messages call some settings."""
 _KEPT = {"key_tokens", "ruler"}
 """What preparing a run may have left before its settings are written."""
 
@@ -137,7 +139,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps two runs from sharing a folder, in words."""
     if old.get("format") != new["format"]:
         return [f"it has format {old.get('format', 1)}, of another version of this library; this one writes {FORMAT}"]
-    pairs = [(key, old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - {"tasks"})]
+    keys = sorted((old.keys() | new.keys()) - {"tasks"})
+    pairs = [(_SAID.get(key, key), old.get(key), new.get(key)) for key in keys]
     for task in sorted(old.get("tasks", {}).keys() & new["tasks"].keys()):
         there, here = old["tasks"][task], new["tasks"][task]
         # `items` says the same as `documents_sha256`, at length.

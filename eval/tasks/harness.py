@@ -172,8 +172,16 @@ class HarnessTask(Task):
 
     def _ruler(self, length: int, source: Source, config: EvaluationConfig) -> list[dict[str, Any]]:
         """RULER's documents of one length."""
-        same = tokenizer_sha256(source.tokenizer)
-        return make_ruler(self.name, length, self.tokenizer, same, config.seed, source.folder, self.timeout)
+        return make_ruler(
+            self.name,
+            length,
+            self.tokenizer,
+            tokenizer_sha256(source.tokenizer),
+            config.seed,
+            self.timeout,
+            source.folder,
+            source.shared,
+        )
 
     def _fitting(self, task: Any, bench: Bench, rooms: dict[int, int]) -> tuple[list[HarnessDocument], int]:
         """Documents at the shortest length whose room holds prompt and answer, up to `samples` a length."""

@@ -1,6 +1,6 @@
 """lm-eval's tasks as it defines them, with documents of the length that is asked for.
 
-- RULER's documents are made in a process of their own with one seed, so they do not depend on what was made before,
+- RULER's documents are made in forks of a process with one seed, so they do not depend on what was made before; they
   are kept, and a generator that never ends (`ruler_vt` and `ruler_cwe` at short lengths) is stopped.
 - `ruler_cwe` gets the example that NVIDIA's RULER shows the model, and questions with several accepted answers
   (`ruler_qa_*`) count as right with any of them, as there; lm-eval drops the one and averages the other.
@@ -9,11 +9,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -107,9 +110,26 @@ def ruler_task(name: str, documents: list[dict[str, Any]]) -> Any:
 
 
 def make_ruler(
-    name: str, length: int, tokenizer: str, tokenizer_sha256: str, seed: int, folder: Path | None, timeout: int
+    name: str,
+    length: int,
+    tokenizer: str,
+    tokenizer_sha256: str,
+    seed: int,
+    timeout: int,
+    folder: Path | None,
+    shared: dict[Any, Any],
 ) -> list[dict[str, Any]]:
     """RULER's documents of one length, from `folder` if they were made before with the same tokenizer.
+
+    Args:
+        name (`str`): One of `RULER`.
+        length (`int`): In tokens.
+        tokenizer (`str`): Folder or hub id, which lm-eval's generators load.
+        tokenizer_sha256 (`str`): Hash of its contents.
+        seed (`int`): Of all random numbers.
+        timeout (`int`): Seconds that the generator may take.
+        folder (`Path`, *optional*): Where documents are kept.
+        shared (`dict`): What lasts as long as the run; holds the process that generates.
 
     Raises:
         RopeScalingError: the generator does not end at this length, or in this time, or fails.
@@ -123,22 +143,58 @@ def make_ruler(
     path = None if folder is None else folder / "ruler" / f"{name}-{length}-{key}.json"
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    command = [sys.executable, "-m", __name__, name, str(length), tokenizer, str(seed)]
+    generator = shared.setdefault(("ruler", seed), _Generator(seed))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
+        text = generator.answer(name, length, tokenizer, timeout)
+    except TimeoutError:
         raise RopeScalingError(
             f"lm-eval's generator of {name!r} did not end within {timeout} seconds at {length} tokens. "
             "Leave it out, give a greater `--timeout`, or longer `--lengths`."
         ) from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RopeScalingError(f"lm-eval could not make the documents of {name!r} at {length} tokens: {last}")
-    text = done.stdout.splitlines()[-1]
+    documents = json.loads(text or '{"error": "its process ended without a message"}')
+    if isinstance(documents, dict):
+        raise RopeScalingError(
+            f"lm-eval could not make the documents of {name!r} at {length} tokens: {documents['error']}"
+        )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
-    return json.loads(text)
+    return documents
+
+
+class _Generator:
+    """A process with lm-eval's generators, which forks for each length: loading any of them sorts six million words
+    first, and what one length leaves in random states does not reach another."""
+
+    def __init__(self, seed: int):
+        self._command = [sys.executable, "-m", __name__, str(seed)]
+        self._process: Any = None
+
+    def answer(self, *request: Any) -> str:
+        """A line of JSON: documents, or what went wrong; nothing if the process died.
+
+        Raises:
+            TimeoutError: it took longer than the request's last item, in seconds.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        process, (*arguments, timeout) = self._process, request
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                print(json.dumps(arguments), file=process.stdin, flush=True)
+                return pool.submit(process.stdout.readline).result(timeout)
+            except BaseException:
+                self._process = None
+                os.killpg(process.pid, signal.SIGKILL)  # with what it forked; reading then ends
+                process.wait()
+                raise
 
 
 @cache
@@ -164,16 +220,35 @@ def _any_answer(document: dict[str, Any], results: list[str]) -> dict[str, float
     return {str(document["max_length"]): float(any(one.lower() in text for one in document["outputs"]))}
 
 
-def main(name: str, length: str, tokenizer: str, seed: str) -> None:
-    """Makes RULER's documents of one length and prints them as one line of JSON; run as a process of its own."""
+def main(seed: str) -> None:
+    """Makes RULER's documents for every request on standard input, a line of JSON each, in a fork of this process.
+
+    Every fork has the random states of a new process with this seed.
+    """
     random.seed(int(seed))
     np.random.seed(int(seed))
     torch.manual_seed(int(seed))
     out = os.dup(1)
     os.dup2(2, 1)  # generators print
-    task = _load(_family_manager("ruler", max_seq_lengths=(int(length),), tokenizer=tokenizer), name)
-    with os.fdopen(out, "w") as stream:
-        stream.write(json.dumps(list(task.eval_docs)) + "\n")
+    importlib.import_module("lm_eval.tasks.ruler.prepare_niah")  # it draws too, before any generator does
+    state = random.getstate()
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            random.setstate(state)  # Python seeds a fork anew
+            with os.fdopen(out, "w") as stream:
+                stream.write(_documents(*json.loads(line)) + "\n")
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            os.write(out, b"\n")  # killed, such as for its memory
+
+
+def _documents(name: str, length: int, tokenizer: str) -> str:
+    try:
+        task = _load(_family_manager("ruler", max_seq_lengths=(length,), tokenizer=tokenizer), name)
+        return json.dumps(list(task.eval_docs))
+    except Exception as error:  # lm-eval's, a tokenizer's or the network's
+        return json.dumps({"error": " ".join(str(error).split())})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def task(name="niah_single_1", **settings):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return dataclasses.replace(SOURCE, folder=tmp_path_factory.mktemp("harness"))
+    return dataclasses.replace(SOURCE, folder=tmp_path_factory.mktemp("harness"), shared={})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_every_length_is_made_and_scored(ruler):
 def test_the_same_seed_makes_the_same_documents_whatever_was_made_before(ruler):
     short = dataclasses.replace(CONFIG, lengths=[512])
     hashes = [
-        [item.sha256 for item in task().items(SOURCE, config, None)[0]]
+        [item.sha256 for item in task().items(dataclasses.replace(SOURCE, shared={}), config, None)[0]]
         for config in (short, dataclasses.replace(short, seed=1))
     ]
     assert hashes[0] == [item.sha256 for item in ruler[:2]]
@@ -141,8 +141,19 @@ def test_a_generator_that_takes_too_long_is_stopped():
 
 def test_documents_are_kept(ruler, source, monkeypatch):
     assert len(list((source.folder / "ruler").glob("*.json"))) == 2
-    monkeypatch.setattr(lm_eval_tasks.subprocess, "run", None)
+    monkeypatch.setattr(lm_eval_tasks.subprocess, "Popen", None)
     assert [item.sha256 for item in task().items(source, CONFIG, None)[0]] == [item.sha256 for item in ruler]
+
+
+def test_one_process_makes_all_lengths_and_none_depends_on_another(ruler, source, monkeypatch):
+    again = dataclasses.replace(source, folder=None)
+    monkeypatch.setattr(lm_eval_tasks.subprocess, "Popen", None)
+    items, _ = task().items(again, dataclasses.replace(CONFIG, lengths=[512]), None)
+    assert [item.sha256 for item in items] == [item.sha256 for item in ruler[:2]]
+    with pytest.raises(
+        RopeScalingError, match=r"could not make the documents of 'niah_single_1' at 512 tokens: .*nowhere"
+    ):
+        task(tokenizer="./nowhere").items(again, CONFIG, None)
 
 
 DOCUMENT = {"input": "INPUT", "input_example": "EXAMPLE", "outputs": ["red", "blue"], "max_length": 2048, "index": 0}
@@ -299,6 +310,11 @@ def test_longbench_by_the_command(monkeypatch, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     scores = {(row["method"], row["to"]) for row in rows if row["metric"] == "score"}
     assert scores == {(method, to) for method in ("unpatched", "cropping", "yarn", "rerope") for to in (256, 512)}
+    for again, said in (([], "8 of 8 scores were found"), (["--fresh"], "Documents skipped")):
+        with pytest.raises(SystemExit):
+            main(["harness", *arguments, *again, "--output", str(tmp_path / "out")])
+        out = " ".join(capsys.readouterr().out.split())
+        assert said in out and ("were found" in out) == (not again)
 
 
 def test_babilong_comes_in_the_size_of_each_length(monkeypatch):

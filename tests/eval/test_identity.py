@@ -212,7 +212,7 @@ def test_training_on_into_the_same_folder_is_noticed(tmp_path, capsys):
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     code, refused = command("--output", tmp_path / "out")
-    assert code == 2 and "weights_sha256 (there" in refused.err and "`--fresh`" in refused.err
+    assert code == 2 and "hash of the model's weights and config (there" in refused.err and "`--fresh`" in refused.err
     assert read_rows(tmp_path / "out" / "rows.jsonl") == first
     code, fresh = command("--output", tmp_path / "out", "--fresh")
     assert code == 0 and "were found" not in fresh.out
