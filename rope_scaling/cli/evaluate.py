@@ -65,8 +65,11 @@ def run(
     if settings["factor"] is not None or settings["target_length"] is not None:
         named.check_extent(loaded, [spec.trained_at(original_length) for spec in asked], config.factor)
     lengthen_tables(loaded, config.lengths[-1])
-    specs = named.with_yarn(specs, config.factor) if specs else _sweep(named, loaded, model, config.factor)
+    swept = not specs
+    specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
     specs = [spec.trained_at(original_length) for spec in specs]
+    if swept:
+        specs = _applicable(named, loaded, specs, config.factor, state.is_main_process)
     source = kinds.Source(
         lambda: read_texts(data, column=column, split=split, subset=subset),
         tokenizer,
@@ -84,13 +87,13 @@ def run(
         _say_what_was_found(measured, folder)
 
 
-def _sweep(named: Any, loaded: Any, model: str, factor: float) -> list[Any]:
-    """The methods to measure where none is named: all that the model takes. Says which it does not."""
-    specs, refused = named.applicable(loaded, named.default_methods(model, factor), factor)
-    if refused:
+def _applicable(named: Any, loaded: Any, specs: list[Any], factor: float, shown: bool) -> list[Any]:
+    """The methods of a sweep that the model takes; which it does not, and why, is said."""
+    specs, refused = named.applicable(loaded, specs, factor)
+    if refused and shown:
         reason = next(iter(refused.values()))
         print(f"rope-scaling: {len(refused)} methods left out ({', '.join(refused)}): {reason}", file=sys.stderr)
-    return named.with_yarn(specs, factor)
+    return specs
 
 
 def _tasks(suite: str | None, tasks: list[str] | None) -> list[Any]:

@@ -116,7 +116,9 @@ def _source(name: str, text: dict[str, Any], config: Any, files: dict[str, dict[
     guarded = is_loud(config) and bool(record)
     if guarded:
         before = _mapping(record.get("pretrained"))
-        text, config = {**text, **before}, type(config).from_dict({**config.to_dict(), **before})
+        names = getattr(type(config), "attribute_map", {})  # GPT-J's file has `n_positions`
+        written = {names.get(key, key): value for key, value in before.items()}
+        text, config = {**text, **written}, type(config).from_dict({**config.to_dict(), **before})
     return Source(name, text, config, guarded=guarded, files=files)
 
 
