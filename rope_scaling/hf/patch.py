@@ -280,8 +280,9 @@ def _apply(
 
 def _apply_record(model: nn.Module, slots: list[Slot], record: dict[str, Any], from_record: bool = False) -> nn.Module:
     methods = resolved([method_from_record(one) for one in record["methods"]], record["target_length"])
-    original = record["original_max_position_embeddings"]
-    return _apply(model, slots, methods, original, record["layer_types"], from_record)
+    original, types = record["original_max_position_embeddings"], record["layer_types"]
+    choose_slots(slots, types)  # refuses layer types that this model does not have
+    return _apply(model, slots, methods, original, types, from_record)
 
 
 def _slot_patch(slot: Slot, settings: dict[str, Any], wanted: Resolved, original_length: int | None) -> Patch:

@@ -15,6 +15,7 @@ from torch import nn
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.overlay import Overlay, lay_over, take_off
+from rope_scaling.hf.rope_types import with_static_base
 
 
 _STATE = "_rope_scaling"
@@ -109,7 +110,7 @@ class Slot:
             if name in self.module._buffers:
                 self.module._buffers[name] = inv_freq.to(self.inv_freq.device, copy=True)
         setattr(self.module, self._attention_name, attention_factor)
-        own = self.part_of(rope_parameters)["rope_type"]
+        own = with_static_base(self.part_of(rope_parameters), self.config)["rope_type"]
         self.module.rope_type = self.with_part(self.module.rope_type, own)
 
 

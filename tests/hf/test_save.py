@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, close, logits, make_model, rotary, token_ids
+from conftest import FAMILIES, close, logits, make_model, other_family, rotary, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -201,3 +201,13 @@ def test_unpatched_models_save_without_a_trace(llama, tmp_path):
         pass
     llama.save_pretrained(tmp_path / "after")
     assert (tmp_path / "before" / "config.json").read_bytes() == (tmp_path / "after" / "config.json").read_bytes()
+
+
+def test_hunyuans_base_is_read_at_every_length_after_a_patch_is_taken_back(tmp_path):
+    """A fixed `alpha` is a base, which a saved patch that is taken back must not turn into `dynamic` scaling."""
+    scaling = {"type": "dynamic", "alpha": 100.0, "factor": 1.0}
+    model = other_family("HunYuanDenseV1Config", head_dim=16, rope_scaling=scaling)
+    wanted = logits(model, token_ids(150))
+    rope_scaling.patch(model, "yarn", factor=2).save_pretrained(tmp_path)
+    loaded = rope_scaling.unpatch(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert close(logits(loaded, token_ids(150)), wanted)
