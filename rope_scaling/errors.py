@@ -122,12 +122,15 @@ class Cause:
     remedy: str
     """One sentence: what to do. Empty for `other`."""
 
+    def __str__(self) -> str:
+        return f"{self.reason} {self.remedy}".rstrip()
+
 
 def cause_of(error: BaseException) -> Cause:
-    """What kind of failure an exception tells of, so that a message can say what to do about that one.
+    """The kind of failure that an exception reports, so that a message can say what to do about it.
 
     The packages that raise them are optional, wrap one another and move their exceptions between versions, so they are
-    told by the names of their classes, along the chain of causes.
+    recognised by the names of their classes, along the chain of causes.
     """
     for one in _chain(error):
         if kind := next((kind for kind, applies in _KINDS if applies(one)), None):

@@ -65,9 +65,8 @@ def _read_table(path: str, column: str, split: str, **arguments: Any) -> Iterato
     try:
         rows = datasets.load_dataset(path, split=split, **arguments)
     except Exception as error:
-        cause = cause_of(error)
         raise RopeScalingError(
-            f"Cannot load {source!r} as a dataset: {cause.reason} {cause.remedy} "
+            f"Cannot load {source!r} as a dataset: {cause_of(error)} "
             "Give `stdlib`, a file, a folder, or a dataset's name on the hub."
         ) from error
     try:
@@ -80,5 +79,4 @@ def _read_table(path: str, column: str, split: str, **arguments: Any) -> Iterato
     except RopeScalingError:
         raise
     except Exception as error:  # streams read as they go
-        cause = cause_of(error)
-        raise RopeScalingError(f"Reading the dataset {source!r} failed: {cause.reason} {cause.remedy}") from error
+        raise RopeScalingError(f"Reading the dataset {source!r} failed: {cause_of(error)}") from error

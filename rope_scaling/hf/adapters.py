@@ -124,9 +124,7 @@ def load_adapter(
         except (OSError, RuntimeError, ValueError) as error:
             cause = cause_of(error)
             if cause.kind != "other":
-                raise RopeScalingError(
-                    f"Cannot load the adapter {str(name)!r}: {cause.reason} {cause.remedy}"
-                ) from error
+                raise RopeScalingError(f"Cannot load the adapter {str(name)!r}: {cause}") from error
             lines = str(error).strip().splitlines()
             raise RopeScalingError(
                 f"The adapter {str(name)!r} does not fit this base model (it names "
@@ -151,9 +149,8 @@ def _load_base(config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
     except RopeScalingError:
         raise
     except Exception as error:  # a checkpoint, a config class or the network may fail in any way
-        cause = cause_of(error)
         raise RopeScalingError(
-            f"Cannot load {base!r}, the adapter's base model: {cause.reason} {cause.remedy} Or give it loaded: "
+            f"Cannot load {base!r}, the adapter's base model: {cause_of(error)} Or give it loaded: "
             "`load_adapter(name, model)`."
         ) from error
 
@@ -171,7 +168,7 @@ def _adapter_config(name: str) -> dict[str, Any]:
                 f"There is no adapter in {name!r}: {cause.reason} Give the folder that `save_pretrained` wrote, or a "
                 "hub id."
             ) from error
-        raise RopeScalingError(f"Cannot read the adapter config of {name!r}: {cause.reason} {cause.remedy}") from error
+        raise RopeScalingError(f"Cannot read the adapter config of {name!r}: {cause}") from error
 
 
 def _text(record: dict[str, Any]) -> str:

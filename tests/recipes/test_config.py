@@ -183,6 +183,7 @@ def test_launch_files_are_those_of_the_installed_accelerate():
         kinds[file.name] = config.distributed_type.value
         assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
         if config.fsdp_config:
+            assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"]  # only the first process holds all weights
             known = set(FullyShardedDataParallelPlugin.__dataclass_fields__)
             assert {
                 name.removeprefix("fsdp_").replace("version", "fsdp_version") for name in config.fsdp_config

@@ -22,7 +22,7 @@ from rope_scaling import RopeScalingError
 from rope_scaling.eval.rows import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
-from rope_scaling.recipes import checkpoints, measure, train
+from rope_scaling.recipes import checkpoints, measure, processes, train
 from rope_scaling.recipes.checkpoints import MARKER
 from rope_scaling.recipes.config import read_recipe
 from rope_scaling.recipes.train import finetune
@@ -323,13 +323,14 @@ class Failing(torch.utils.data.Dataset):
     [
         (requests.ConnectionError("Connection reset by peer"), "Check the connection.", 0),
         (requests.ConnectionError("Connection reset by peer"), "Check the connection.", 1),
+        (RopeScalingError("Reading the dataset 'org/texts' failed."), "stopped at step 1: Reading the dataset", 1),
         (FileNotFoundError(2, "No such file or directory", "shard-7.bin"), "Put the file back.", 0),
         (OSError(28, "No space left on device"), "Make room on the disk.", 0),
         (torch.OutOfMemoryError("CUDA out of memory."), "a smaller `training.per_device_train_batch_size`", 0),
     ],
 )
 def test_what_stops_training_is_named_as_what_it_is(place, tmp_path, monkeypatch, error, remedy, workers):
-    read = train.training_data
+    read, handler = train.training_data, signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "training_data", lambda *given: Failing(read(*given), error))
     overrides = ["data.max_sequences=24", f"training.dataloader_num_workers={workers}"]
     overrides += ["training.save_steps=1", "training.dataloader_prefetch_factor=1"][: 1 + workers]
@@ -338,7 +339,7 @@ def test_what_stops_training_is_named_as_what_it_is(place, tmp_path, monkeypatch
     message = str(caught.value)
     assert error.args[-1] in message or str(error) in message
     assert remedy in message and "Saving" not in message and "Traceback" not in message
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_no_memory_to_measure_in(place, tmp_path, monkeypatch):
@@ -420,6 +421,13 @@ def test_only_the_first_process_loads_what_is_sharded(place, method):
     assert first["loss"] == second["loss"] == pytest.approx(first["wanted"], abs=1e-5)
     assert first["finite"] and second["finite"] and first["held"] > 0
     assert (second["held"] == 0) == (method == "yarn")
+
+
+def test_the_older_fsdp_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RopeScalingError, match="Set `fsdp_version: 2` in the accelerate config"):
+        processes.only_first_loads()
 
 
 def test_a_model_that_arrives_patched(place, tmp_path):

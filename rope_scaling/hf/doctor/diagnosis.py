@@ -105,14 +105,12 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
         return None, []
     try:
         model = build_skeleton(source.name, source.whole)
-    except (
-        RopeScalingError,
-        ImportError,
-    ):  # no model for it, or a library that it needs: the config may well be right
+    # No model for it, or a library that it needs: the config may well be right.
+    except (RopeScalingError, ImportError):
         return None, []
     except Exception as error:  # a config that reads may still build no model, in any way
         if (cause := cause_of(error)).kind in ("memory", "network"):  # the config may well be right
-            raise RopeScalingError(f"Cannot build {source.name!r}: {cause.reason} {cause.remedy}") from error
+            raise RopeScalingError(f"Cannot build {source.name!r}: {cause}") from error
         return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
     if RECORD_KEY not in source.text:
         return model, []
