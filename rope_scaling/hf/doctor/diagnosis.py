@@ -105,10 +105,8 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
         return None, []
     try:
         model = build_skeleton(source.name, source.whole)
-    except (
-        RopeScalingError,
-        ImportError,
-    ):  # no model for it, or a library that it needs: the config may well be right
+    # No model for it, or a library that it needs: the config may well be right.
+    except (RopeScalingError, ImportError):
         return None, []
     except Exception as error:  # a config that reads may still build no model, in any way
         if (cause := cause_of(error)).kind in ("memory", "network"):  # the config may well be right
