@@ -115,7 +115,8 @@ def keep_older_keys(config: Any) -> None:
 
     Settings that Transformers 4 cannot compute go without: it has to be exported anew to travel there.
     """
-    from rope_scaling.hf.pretrained import RECORD_KEY  # which reads configs without these keys
+    from rope_scaling.hf.loud import is_loud  # which read configs without these keys
+    from rope_scaling.hf.pretrained import RECORD_KEY
 
     if getattr(config, EXPORT_KEY, None) != V4:
         return
@@ -124,6 +125,8 @@ def keep_older_keys(config: Any) -> None:
     for key in _KEYS:
         stated.pop(key, None)
     parameters, family = getattr(config, "rope_parameters", None) or {}, config.model_type
+    if is_loud(config):
+        return  # Transformers 4 would load it without the patch
     one = parameters[FULL] if in_older_form(parameters, family) else parameters
     if not one.get("rope_theta") or not read_by_v4(one, family, config.max_position_embeddings):
         return

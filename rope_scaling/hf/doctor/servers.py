@@ -98,7 +98,8 @@ def _not_in_old_form(source: Source, needed: dict[str, Any]) -> str:
     default = getattr(family, "default_theta", 10000.0)
     defaults = default if isinstance(default, dict) else {"global": default, "local": 10000.0}
     full = needed.get(FULL, needed)
-    bases = [(full["rope_theta"], above.get("rope_theta", defaults["global"]))]
+    stated = {**(source.text.get("rope_scaling") or {}), "rope_theta": above.get("rope_theta", defaults["global"])}
+    bases = [(full["rope_theta"], with_static_base(stated, source.config)["rope_theta"])]
     if FULL in needed:
         bases.append((needed[SLIDING]["rope_theta"], above.get("rope_local_base_freq", defaults["local"])))
     missing = [f"base {wanted:g}" for wanted, seen in bases if not same(seen, wanted)]
