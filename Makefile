@@ -20,7 +20,7 @@ REAL_METHODS_32K = $(addprefix --method ,angle_clip self_extend rerope dual_chun
 	mrrope_pro linear string)
 DEMO_METHODS = $(addprefix --method ,linear ntk yarn mrrope_pro llama3 dynamic_yarn sliding_window lm_infinite rerope \
 	self_extend:group_size=16 dual_chunk angle_clip)
-DEMO_DOCUMENTS ?= 12
+DEMO_DOCUMENTS ?= 8
 DEMO_TRIALS ?= 2
 CONSTRAINTS ?= constraints.txt
 OLDEST_TRANSFORMERS = $(VENV)/oldest-transformers
