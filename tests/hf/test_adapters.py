@@ -195,3 +195,15 @@ def test_the_record_is_that_of_the_patch_when_it_is_saved(base, tmp_path):
     rope_scaling.unpatch(model).save_pretrained(tmp_path / "plain")
     assert saved_record(tmp_path / "plain") is None
     model.save_pretrained(tmp_path / "other", is_main_process=False)
+
+
+def test_prefix_tuning_goes_with_a_frequency_method(base):
+    """Its cache holds learned keys, which nothing has rotated, so it belongs to no frequencies."""
+    from peft import PrefixTuningConfig
+    from transformers import AutoModelForCausalLM
+
+    model = rope_scaling.patch(AutoModelForCausalLM.from_pretrained(base), "yarn", factor=4)
+    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    assert logits(model, token_ids(20)).isfinite().all()
+    with torch.no_grad():
+        assert model.generate(input_ids=token_ids(20), max_new_tokens=3).shape == (1, 23)
