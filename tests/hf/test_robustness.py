@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from conftest import close, make_model, strong, token_ids
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
