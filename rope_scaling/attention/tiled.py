@@ -52,6 +52,8 @@ def tiled_attention(
     needs_gradients = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)
     )
+    # The kernels read the last dimension as if it were the innermost.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if needs_gradients:
         return _Tiled.apply(query, key, value, sinks, plan, scaling)
     return _run(query, key, value, sinks, plan, scaling, turned_keys)[0]

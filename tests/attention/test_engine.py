@@ -273,3 +273,19 @@ def test_every_pair_of_query_and_key_is_in_exactly_one_piece(ends, tile):
     assert torch.equal(count[0].bool(), (keys >= middle[:, None]) & (keys <= torch.arange(length)[:, None]))
     assert torch.equal(count[1].bool(), (keys >= begin[:, None]) & (keys < middle[:, None]))
     assert count.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["narrow", "rerope", "uniform"])
+def test_tensors_that_are_not_contiguous(name):
+    """A model's attention may hand over tensors whose last dimension is not the innermost, for which the kernels would
+    read other memory."""
+    length, (q, k, v) = 300, tensors(300)
+    tight = [x.requires_grad_() for x in (by_model(q, LAYOUTS[0]), by_model(k, LAYOUTS[0]), v)]
+    loose = [x.detach().mT.contiguous().mT.requires_grad_() for x in tight]
+    assert all(x.stride(-1) != 1 for x in loose)
+    found, wanted = (tiled_attention(*x, plan(METHODS[name], whole(length), LAYOUTS[0]), 0.3) for x in (loose, tight))
+    assert torch.allclose(found, wanted, atol=1e-9)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), loose), torch.autograd.grad(wanted.sum(), tight), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-9)

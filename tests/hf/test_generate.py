@@ -214,6 +214,22 @@ def test_rotated_keys_take_at_most_one_copy_of_the_cache(case):
     assert torch.allclose(found, logits(model, torch.cat([ids, ids[:, -1:]], 1))[:, -1:], atol=1e-4)
 
 
+def test_nothing_is_kept_beside_a_quantized_cache():
+    """Rotated keys in full precision would take the memory that quantization saves."""
+
+    class SomeQuantizedLayer(DynamicLayer):
+        pass
+
+    model, ids = apply(strong("llama"), "rerope"), token_ids(120)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [SomeQuantizedLayer() for _ in cache.layers]
+    with torch.no_grad():
+        model(ids[:, :110], **{CACHE_NAME: cache})
+        found = model(ids[:, 110:], **{CACHE_NAME: cache}).logits
+    assert rotated_copies(cache) == 0
+    assert torch.allclose(found, logits(model, ids)[:, 110:], atol=1e-5)
+
+
 def test_turned_keys_are_turned_once(monkeypatch):
     """Decoding does not turn the whole cache again at every token."""
     from rope_scaling.hf import cache as cache_module

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import json
+import logging
 import math
 import pickle
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rope_scaling
 from rope_scaling import METHODS, RopeScalingError
-from rope_scaling.hf.loud import is_loud
+from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.record import method_from_record, method_to_record
 from rope_scaling.spans.sliding_window import SlidingWindow
 
@@ -322,3 +324,16 @@ def test_two_models_two_patches_two_threads():
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(work, wanted))
+
+
+def test_warnings_of_other_threads_pass_while_one_is_quiet(caplog):
+    """Transformers' warnings of rope types are left out in the thread that tries types, and nowhere else."""
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    with unwarned():
+        logger.warning("from this thread")
+        thread = threading.Thread(target=logger.warning, args=("from another thread",))
+        thread.start()
+        thread.join()
+    logger.warning("afterwards")
+    said = [record.getMessage() for record in caplog.records]
+    assert "from this thread" not in said and {"from another thread", "afterwards"} <= set(said)
