@@ -279,6 +279,9 @@ def _write_config(path: Path, path_to_text: tuple[str, ...], settings: dict[str,
     if reworded or text.get("rope_parameters") != settings["rope_parameters"]:
         text.pop(RECORD_KEY, None)  # it goes with the parameters it was made with
     text.update(settings)
+    share = settings["rope_parameters"].get("partial_rotary_factor")
+    if share is not None and "partial_rotary_factor" in text:
+        text["partial_rotary_factor"] = share  # some versions of Transformers write the default of the class there
     _rewrite(path, saved)
 
 

@@ -207,7 +207,10 @@ def test_hunyuans_base_is_read_at_every_length_after_a_patch_is_taken_back(tmp_p
     """A fixed `alpha` is a base, which a saved patch that is taken back must not turn into `dynamic` scaling."""
     scaling = {"type": "dynamic", "alpha": 100.0, "factor": 1.0}
     model = other_family("HunYuanDenseV1Config", head_dim=16, rope_scaling=scaling)
+    before = rotary(model).inv_freq.clone()
     wanted = logits(model, token_ids(150))
+    if not torch.equal(rotary(model).inv_freq, before):
+        pytest.skip("this Transformers drops `alpha` beyond the stated length by itself")
     rope_scaling.patch(model, "yarn", factor=2).save_pretrained(tmp_path)
     loaded = rope_scaling.unpatch(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert close(logits(loaded, token_ids(150)), wanted)
