@@ -212,6 +212,7 @@ def test_any_record_in_a_config_is_taken_or_refused(record, data):
     parameters=JSON, key=st.sampled_from(["rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings"])
 )
 @example(parameters={"name": {}}, key="rope_scaling")
+@example(parameters={"factor": {}}, key="rope_scaling")
 def test_any_settings_in_a_file_are_diagnosed_or_refused(parameters, key):
     config = {
         "model_type": "llama",

@@ -68,9 +68,8 @@ def _differing(source: Source, needed: dict[str, Any]) -> list[str]:
         kind = read.get("rope_type") or read.get("type") or "default"  # older names of types are read as today's
         stated = with_static_base({**(read if label else {**above, **written}), "rope_type": kind}, source.config)
         stated = {**_DEFAULTS, **stated}
-        parameters = needed["rope_parameters"].get(label) if label else needed["rope_parameters"]
-        if parameters is not None:  # a mapping inside the settings need not be a layer type
-            different += _differing_keys(stated, parameters)
+        parameters = needed["rope_parameters"][label] if label else needed["rope_parameters"]
+        different += _differing_keys(stated, parameters)
     beside = [key for key in ("llama_4_scaling",) if source.text.get(key) != needed.get(key, source.text.get(key))]
     return [*dict.fromkeys(different), *beside]
 

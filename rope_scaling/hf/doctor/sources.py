@@ -75,7 +75,7 @@ class Source:
     def parts(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         """By layer type (`""` where all rotate alike): the settings as written, and as Transformers reads them."""
         read = _mapping(getattr(self.config, "rope_parameters", None))
-        labels = [label for label, part in read.items() if isinstance(part, dict)]
+        labels = [label for label, part in read.items() if isinstance(part, dict) and "rope_type" in part]
         if not labels:
             return {"": (self.stated, read or self.stated)}
         written = self.stated
