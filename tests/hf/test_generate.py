@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import apply, left_padded, logits, make_model, strong, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -230,21 +231,32 @@ def test_nothing_is_kept_beside_a_quantized_cache():
     assert torch.allclose(found, logits(model, ids)[:, 110:], atol=1e-5)
 
 
-def test_turned_keys_are_turned_once(monkeypatch):
-    """Decoding does not turn the whole cache again at every token."""
-    from rope_scaling.hf import cache as cache_module
+class Multiplied(TorchDispatchMode):
+    """Counts the numbers that elementwise products give, which is what rotating keys takes."""
 
-    model = apply(strong("llama"), "rerope")
-    ids = token_ids(120)
-    turned = []
-    original = cache_module.turn
-    monkeypatch.setattr(cache_module, "turn", lambda x, *rest: turned.append(x.shape[2]) or original(x, *rest))
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(ids[:, :110], **{CACHE_NAME: cache})
-        for at in range(110, 120):
-            model(ids[:, at : at + 1], **{CACHE_NAME: cache})
-    assert turned == [79, 79, *[1] * 18]  # two layers; 110 - 32 + 1 far keys at the first step, one more at each
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if operator.overloadpacket.__name__ in ("mul", "mul_", "addcmul", "addcmul_"):
+            self.count += out.numel()
+        return out
+
+
+def test_rotated_keys_are_rotated_once():
+    """Decoding does not rotate the whole cache again at every token: a step costs the same at any context."""
+    model, ids = apply(strong("llama"), "rerope"), token_ids(1205)
+    counts = []
+    for length in (200, 1200):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :length], **{CACHE_NAME: cache})
+            for at in range(length, length + 4):
+                model(ids[:, at : at + 1], **{CACHE_NAME: cache})
+            with Multiplied() as multiplied:
+                model(ids[:, length + 4 : length + 5], **{CACHE_NAME: cache})
+        counts.append(multiplied.count)
+    assert 0 < counts[1] <= 1.1 * counts[0]
 
 
 def test_a_window_wider_than_the_text_is_no_window():
