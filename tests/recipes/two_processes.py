@@ -54,7 +54,8 @@ def sharded(arguments):
     finite = all(
         bool(torch.isfinite(one.grad.full_tensor()).all()) for one in trainable.parameters() if one.requires_grad
     )
-    print(json.dumps({"rank": rank(), "held": held, "wanted": wanted, "loss": float(loss), "finite": finite}))
+    line = json.dumps({"rank": rank(), "held": held, "wanted": wanted, "loss": float(loss), "finite": finite})
+    sys.stdout.write(line + "\n")  # in one piece, since two processes write here
 
 
 {"slow": slow, "sharded": sharded}[sys.argv[1]](sys.argv[2:])
