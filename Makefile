@@ -32,11 +32,11 @@ INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONST
 
 .PHONY: demo sweep tasks test slow host oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
 
-demo: $(VENV)/.eval ## the embedded model, unpatched and under a dozen methods, at 1x to 8x: loss and look-ups in three minutes
+demo: $(VENV)/.eval ## the embedded model, unpatched and under a dozen methods, at 1x to 8x: loss and look-ups, in a few minutes
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval:trials=$(DEMO_TRIALS) \
 		--max-documents $(DEMO_DOCUMENTS) $(DEMO_METHODS) --output runs/demo
 	$(BIN)/rope-scaling report runs/demo
-	@echo "Every method, on all documents: make sweep (20 minutes to an hour on two cores)."
+	@echo "Every method, on all documents: make sweep (many times as long)."
 
 sweep: $(VENV)/.eval ## the embedded model under every method, on all documents
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval --output runs/sweep

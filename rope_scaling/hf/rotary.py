@@ -96,7 +96,8 @@ class Slot:
         """Whether the module, read back, holds exactly these."""
         found = self.inv_freq.cpu()
         same = found.dtype == torch.float32 and torch.equal(found, inv_freq)
-        return same and self.attention_factor == attention_factor
+        # Under any other type Transformers computes frequencies anew in a call.
+        return same and self.attention_factor == attention_factor and self.rope_type == "default"
 
     def in_use(self) -> tuple[Any, ...]:
         """What holds the frequencies, for telling by identity whether anything was put in its place since."""

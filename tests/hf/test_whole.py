@@ -49,6 +49,10 @@ def change_factor(model):
     rotary(model).attention_scaling = 3.0
 
 
+def change_type(model):
+    rotary(model).rope_type = "dynamic"
+
+
 def replace_config(model):
     model.config = LlamaConfig(**strong("llama").config.to_dict())
 
@@ -93,6 +97,7 @@ BY_ALL = [
     overwrite_buffer,
     write_into_buffer,
     change_factor,
+    change_type,
     replace_config,
     edit_config,
     forget_record,
