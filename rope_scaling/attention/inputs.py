@@ -17,7 +17,7 @@ TurnedKeys = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
 
 def schedule_of(plan: Plan, segment: Segment) -> Schedule:
     """The kernel calls of a segment, made once for all layers that share the plan."""
-    key = ("schedule", id(segment))
+    key = ("schedule", segment)
     if key not in plan.memo:
         plan.memo[key] = make_schedule(segment, plan.spans)
     return plan.memo[key]

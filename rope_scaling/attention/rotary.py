@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from rope_scaling.devices import constant_on
+
 
 _BLOCK = 1024
-"""Positions at a time, so that what is needed in between stays small and in the processor's cache."""
+"""Positions at a time on a CPU, so that what is needed in between stays small and in the processor's cache."""
+_LARGE_BLOCK = 65536
+"""The same on other devices, where every step is a kernel launch."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,23 @@ class Rotation:
         return Rotation.made(lambda begin, end: angles[begin:end], len(angles), gain)
 
     @staticmethod
+    def on_device(
+        angles: Callable[[int, int], torch.Tensor], length: int, gain: torch.Tensor | None = None
+    ) -> Rotation:
+        """The rotation of all pairs, computed where `angles` gives its values and without reading any of them."""
+        blocks = []
+        for begin in range(0, length, _LARGE_BLOCK):
+            block = angles(begin, min(begin + _LARGE_BLOCK, length))
+            blocks.append((block.cos().float(), block.sin().float()))
+        cos, sin = (
+            blocks[0][which] if len(blocks) == 1 else torch.cat([b[which] for b in blocks]) for which in (0, 1)
+        )
+        if gain is not None:
+            factor = constant_on(gain, cos.device).float()
+            cos, sin = cos * factor, sin * factor
+        return Rotation(cos, sin, 0)
+
+    @staticmethod
     def made(
         angles: Callable[[int, int], torch.Tensor], length: int, gain: torch.Tensor | None = None
     ) -> Rotation | None:
@@ -90,8 +111,9 @@ class Rotation:
         high = self.low + self.cos.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
         turned = x if in_place else x.clone()
-        for begin in range(0, x.shape[-2], _BLOCK):
-            part = slice(begin, begin + _BLOCK)
+        size = _BLOCK if x.device.type == "cpu" else _LARGE_BLOCK
+        for begin in range(0, x.shape[-2], size):
+            part = slice(begin, begin + size)
             cos, sin = self.cos[part].to(wide), self.sin[part].to(wide)
             one, two = (pair.to(wide) for pair in layout.pairs(x[..., part, :], self.low, high))
             into_one, into_two = layout.pairs(turned[..., part, :], self.low, high)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from rope_scaling.attention.plan import Segment
+from rope_scaling.attention.plan import KeyPositions, Segment
 from rope_scaling.errors import RopeScalingError
 
 
@@ -97,13 +97,15 @@ def segment(document: Document, keys: KeyStore) -> Segment:
         return Segment(document.rows, document.queries, document.queries, document.positions, document.positions)
     begin_slot = max(document.first_slot, keys.offset)
     first_position = document.first_position + begin_slot - document.first_slot
-    positions = torch.arange(first_position, last_position + 1)
-    first = begin_slot - keys.offset
+    first, head, gap = begin_slot - keys.offset, None, 0
     if keys.gap:
-        slots = positions + (document.first_slot - document.first_position)
-        positions = positions[(slots < keys.head) | (slots >= keys.head + keys.gap)]
-        first = begin_slot if begin_slot < keys.head else max(begin_slot - keys.gap, keys.head)
-    where = slice(first, first + len(positions))
+        gap = max(keys.head + keys.gap - max(begin_slot, keys.head), 0)
+        if begin_slot < keys.head:
+            first, head = begin_slot, keys.head - begin_slot
+        else:
+            first, first_position, gap = max(begin_slot - keys.gap, keys.head), first_position + gap, 0
+    positions = KeyPositions(first_position, last_position + 1 - first_position - gap, head, gap)
+    where = slice(first, first + positions.count)
     return Segment(document.rows, document.queries, where, document.positions, positions, document.offset)
 
 

@@ -68,7 +68,7 @@ def make_schedule(segment: Segment, spans: list[Span], tile: int | None = None) 
     edges = [*([0] if opening else []), *range(opening, length, tile), length]
     tiles: list[tuple[int, int, list[Piece]]] = [(begin, end, []) for begin, end in pairwise(edges)]
     for index, (first, last) in enumerate(bounds):
-        for begin, end in _runs(first, last):
+        for begin, end in runs(first, last):
             at = bisect_right(edges, begin) - 1
             while begin < end:
                 stop = min(end, edges[at + 1])
@@ -94,7 +94,7 @@ def _opening(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return length if bool(alone.all()) else int((~alone).int().argmax())
 
 
-def _runs(first: torch.Tensor, last: torch.Tensor) -> Iterator[tuple[int, int]]:
+def runs(first: torch.Tensor, last: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Runs of queries that see something, over which both ends keep their pace."""
     if len(first) == 1:
         if int(first) <= int(last):

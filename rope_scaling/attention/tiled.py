@@ -33,7 +33,7 @@ def tiled_attention(
     scaling: float,
     *,
     sinks: torch.Tensor | None = None,
-    turned_keys: TurnedKeys | None = None,
+    rotated_keys: TurnedKeys | None = None,
 ) -> torch.Tensor:
     """Attention as the spans define it, in tiles, with memory linear in the length.
 
@@ -44,7 +44,7 @@ def tiled_attention(
         plan (`Plan`): Spans, positions and turns.
         scaling (`float`): Multiplier of scores.
         sinks (`torch.Tensor`, *optional*): A learned score for every head that takes part in the softmax, `[H]`.
-        turned_keys (callable, *optional*): Where turned keys come from, if they are kept between calls.
+        rotated_keys (callable, *optional*): Where turned keys come from, if they are kept between calls.
 
     Returns:
         `torch.Tensor`: `[B, H, T, d]`; rows that belong to no segment are 0.
@@ -56,7 +56,7 @@ def tiled_attention(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if needs_gradients:
         return _Tiled.apply(query, key, value, sinks, plan, scaling)
-    return _run(query, key, value, sinks, plan, scaling, turned_keys)[0]
+    return _run(query, key, value, sinks, plan, scaling, rotated_keys)[0]
 
 
 def _run(
@@ -66,7 +66,7 @@ def _run(
     sinks: torch.Tensor | None,
     plan: Plan,
     scaling: float,
-    turned_keys: TurnedKeys | None = None,
+    rotated_keys: TurnedKeys | None = None,
     keep_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output, and the log-sum-exp of every row (`[B, H, T]`, `-inf` for rows that see nothing) if it is wanted."""
@@ -77,7 +77,7 @@ def _run(
     out = make(rows, length, heads, width).transpose(1, 2)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide(query)) if keep_lse else None
     for segment in plan.segments:
-        inputs = Inputs(query, key, value, plan, segment, turned_keys)
+        inputs = Inputs(query, key, value, plan, segment, rotated_keys)
         for begin, end, pieces in schedule_of(plan, segment).tiles:
             tile_out, tile_lse = _tile(inputs, begin, end, pieces, scaling)
             if sinks is not None:

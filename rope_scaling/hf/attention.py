@@ -8,9 +8,10 @@ different patches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from rope_scaling.attention.flex import flex_span_attention
+from rope_scaling.attention.kernels import choose_kernels
 from rope_scaling.attention.plan import Plan
 from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.rows import Document, KeyStore, read_documents, segment
 from rope_scaling.attention.tiled import tiled_attention
+from rope_scaling.attention.whole_spans import whole_span_attention
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.both_ways import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
@@ -56,14 +59,17 @@ class Call:
         """Layers whose attention came here."""
         self._plans: dict[Hashable, Plan] = {}
 
-    def plan(self, layer: int) -> Plan:
-        """Spans and positions of a layer; made once for all layers alike."""
+    def plan(self, layer: int, device: torch.device) -> Plan:
+        """Spans and positions of a layer; made once for all layers alike on a device."""
         store = self.stores[layer] if self.stores else KeyStore()
-        name = (self.program.kind_of[layer], store)
+        if device.type != "cuda":
+            device = torch.device("cpu")  # others may have no float64
+        name = (self.program.kind_of[layer], store, device)
         if name not in self._plans:
             kind = self.program.kinds[self.program.kind_of[layer]]
             segments = [segment(document, store) for document in self.documents]
-            self._plans[name] = Plan(kind.spans, segments, kind.layout, kind.inv_freq, kind.temperature)
+            plan = Plan(kind.spans, segments, kind.layout, kind.inv_freq, kind.temperature, device=device)
+            self._plans[name] = plan
         return self._plans[name]
 
     def attend(
@@ -85,29 +91,35 @@ class Call:
                 "to the decoder's forward call; if Transformers is newer than this library, please report its version."
             )
         self.attended.add(layer)
-        plan = self.plan(layer)
+        plan = self.plan(layer, query.device)
         if dropout:
             self.program.warn_of_dropout(dropout)
-        if query.device.type == "cuda" and not dropout and self.length > _FEW:
-            return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
-        if query.device.type != "cpu" or dropout or softcap is not None or value.shape[-1] != query.shape[-1]:
+        engine = self._engine(query, key, value, dropout, softcap)
+        if engine is None:
+            if query.device.type == "cuda" and not dropout and self.length > _FEW:
+                return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
             more: dict[str, Any] = {"dropout": dropout, "softcap": softcap, "sinks": sinks, "block_size": _BLOCK}
             return reference_attention(query, key, value, plan, scaling, **more)
         kept = self._kept(layer, query)
         if kept is None:
-            return tiled_attention(query, key, value, plan, scaling, sinks=sinks)
-        cache_layer = self.cache.layers[layer]
-        out = tiled_attention(
-            query,
-            key,
-            value,
-            plan,
-            scaling,
-            sinks=sinks,
-            turned_keys=lambda segment, span, keys: kept.turned(plan, segment, span, keys),
-        )
-        kept.end(cache_layer, self.past + self.length)
+            return engine(query, key, value, plan, scaling, sinks=sinks)
+        rotated = partial(kept.turned, plan)
+        out = engine(query, key, value, plan, scaling, sinks=sinks, rotated_keys=rotated)
+        kept.end(self.cache.layers[layer], self.past + self.length)
         return out
+
+    def _engine(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None
+    ) -> Callable[..., torch.Tensor] | None:
+        """The engine of fused kernels that can compute a layer, if there is one."""
+        if dropout or softcap is not None or value.shape[-1] != query.shape[-1]:
+            return None
+        gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        kernels = choose_kernels(query, key, value, gradients)
+        if kernels is not None:
+            self.program.kernels[query.device] = str(kernels)
+            return partial(whole_span_attention, kernels=kernels)
+        return tiled_attention if query.device.type == "cpu" else None
 
     def _kept(self, layer: int, query: torch.Tensor) -> Any:
         if self.cache is None or self.length > _KEPT_TURNED or query.requires_grad:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rope_scaling.attention.plan import Plan, Segment, turn
+from rope_scaling.attention.fused import rotate
+from rope_scaling.attention.plan import KeyPositions, Plan, Segment
 from rope_scaling.attention.rows import KeyStore
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.spans import Span
@@ -147,22 +148,21 @@ class TurnedKeys:
         Returns:
             `tuple`: `[rows, Hk, S, d]`, and the index among the segment's keys of the first of them.
         """
-        bounds = [segment.bounds(one) for one in plan.spans if one.key is span.key]
-        begin = min(int(first.min()) for first, _ in bounds)
-        end = max(int(last.max()) for _, last in bounds) + 1
-        first, last = int(segment.key_positions[0]), int(segment.key_positions[-1])
+        begin, end, is_seen = plan.key_range(segment, span)
+        positions = segment.key_positions
+        assert isinstance(positions, KeyPositions)  # the decoder hook refuses others on top of a cache
         # Where a key lies must not have moved (the model's own windows and layers that forget shift keys), nor the
         # rows that are computed together, nor how the model turned them.
-        gap = last - first - len(segment.key_positions)
-        name = id(span.key), key.dtype, segment.rows.start, segment.rows.stop, segment.offset, first, gap
+        where = segment.rows.start, segment.rows.stop, segment.offset, positions.first, positions.gap
+        name = (span.key, key.dtype, key.device, *where)
         kept = self._buffers.get(name)
         if kept is None or not kept.begin <= begin <= kept.end:
             kept = _Buffer(key[:, :, :0], begin, begin)
         kept.make_room(key, begin, end)
         if kept.end < end:
             rotation = plan.key_rotation(segment, span, kept.end, end)
-            kept.append(turn(key[:, :, kept.end : end], rotation, plan.layout))
-        if any(int(first[-1]) <= int(last[-1]) for first, last in bounds):
+            kept.append(rotate(key[:, :, kept.end : end], rotation, plan.layout))
+        if is_seen:
             # The last query sees keys there, and so may the next.
             self._buffers[name] = kept
             self._used.add(name)

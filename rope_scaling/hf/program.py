@@ -60,6 +60,8 @@ class SpanProgram:
         self.silent = {index for index, layer in enumerate(layers) if not layer.attends}
         self.reach = self._reach()
         self._warned: set[str] = set()
+        self.kernels: dict[torch.device, str] = {}
+        """What computed attention on every device so far."""
         self._work_out()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from rope_scaling.devices import constant_on
 from rope_scaling.errors import RopeScalingError, check_number, check_sequence, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, causal, within
 from rope_scaling.spans.rerope import half
@@ -75,13 +76,14 @@ class AngleClip(SpanMethod):
 
 def _saturated(rope: Rope, held: torch.Tensor, angles: torch.Tensor, nearest: int, farthest: int | None) -> Span:
     """Keys at distances from `nearest` to below `farthest`, where the pairs in `held` stay at `angles`."""
+    moving = torch.where(held, 0.0, rope.inv_freq)
 
     def query(positions: torch.Tensor) -> torch.Tensor:
-        device = positions.device
-        return torch.where(held.to(device), angles.to(device), positions.double()[:, None] * rope.inv_freq.to(device))
+        is_held, largest, inv_freq = (constant_on(x, positions.device) for x in (held, angles, rope.inv_freq))
+        return torch.where(is_held, largest, positions.double()[:, None] * inv_freq)
 
     def key(positions: torch.Tensor) -> torch.Tensor:
-        return positions.double()[:, None] * torch.where(held, 0.0, rope.inv_freq).to(positions.device)
+        return positions.double()[:, None] * constant_on(moving, positions.device)
 
     span = beyond(nearest, query, key)
     return span if farthest is None else Span(lambda m: (m - farthest + 1).clamp(min=0), span.last, query, key)

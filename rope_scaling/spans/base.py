@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from rope_scaling.devices import constant_on
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.geometry import RopeGeometry
 
@@ -59,7 +60,9 @@ class Rope:
 
     def positions(self, position_map: Callable[[torch.Tensor], torch.Tensor]) -> Angles:
         """Angles of positions that were mapped to others, which may be fractions."""
-        return lambda positions: position_map(positions).double()[:, None] * self.inv_freq.to(positions.device)
+        return lambda positions: (
+            position_map(positions).double()[:, None] * constant_on(self.inv_freq, positions.device)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,82 +5,36 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine_cases import (
+    GEOMETRY,
+    INV_FREQ,
+    L0,
+    LAYOUTS,
+    METHODS,
+    ROPE,
+    WIDTH,
+    by_model,
+    intervals,
+    plan,
+    tensors,
+    whole,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rope_scaling import (
-    AngleClip,
-    DualChunk,
-    DynamicNtk,
-    DynamicYarn,
-    LmInfinite,
     LogN,
-    ReRope,
-    RopeGeometry,
-    SelfExtend,
     SlidingWindow,
     Span,
-    String,
-    WavePrune,
-    default_inv_freq,
     relative_positions,
 )
 from rope_scaling.attention.flex import flex_span_attention
 from rope_scaling.attention.plan import Plan, Segment
 from rope_scaling.attention.reference import reference_attention
-from rope_scaling.attention.rotary import RotaryLayout, Rotation
+from rope_scaling.attention.rotary import RotaryLayout
 from rope_scaling.attention.schedule import make_schedule
 from rope_scaling.attention.tiled import tiled_attention
-from rope_scaling.spans import Rope, compose, plain
-
-
-L0, WIDTH = 64, 16
-GEOMETRY = RopeGeometry(rotary_dim=WIDTH, rope_theta=1e4, original_max_position_embeddings=L0)
-INV_FREQ = default_inv_freq(GEOMETRY).float()
-ROPE = Rope(GEOMETRY, INV_FREQ.double(), L0)
-METHODS = {
-    "window": SlidingWindow(window=100, num_sinks=3),
-    "narrow": SlidingWindow(window=5, num_sinks=2),
-    "lm_infinite": LmInfinite(window=300, num_sinks=20),
-    "rerope": ReRope(),
-    "self_extend": SelfExtend(window=50, group_size=7),
-    "dual_chunk": DualChunk(),
-    "string": String(),
-    "clip": AngleClip(),
-    "uniform": AngleClip(max_angle=math.pi),
-    "waveprune": WavePrune(),
-    "dynamic_ntk": DynamicNtk(steps=(1.0, 1.7, 4.0)),
-    "dynamic_yarn": DynamicYarn(),
-}
-
-
-def tensors(length, head_dim=24, rows=2, heads=4, groups=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(length)
-    shapes = [(rows, heads, length, head_dim), *[(rows, heads // groups, length, head_dim)] * 2]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def by_model(x, layout, offset=0):
-    """Turned as a model turns it, in float32 angles."""
-    positions = torch.arange(x.shape[2]) + offset
-    rotation = Rotation.by((positions.float()[:, None] * INV_FREQ).double())
-    return x if rotation is None else rotation.apply(x, layout)
-
-
-def whole(length, rows=2, offset=0):
-    positions = torch.arange(length)
-    return [Segment(slice(0, rows), slice(0, length), slice(0, length), positions, positions, offset)]
-
-
-def plan(method, segments, layout, tile=None, **more):
-    made = Plan(method.spans(ROPE) if method else plain(), segments, layout, INV_FREQ, **more)
-    if tile:
-        for segment in segments:
-            made.memo["schedule", id(segment)] = make_schedule(segment, made.spans, tile)
-    return made
-
-
-LAYOUTS = [RotaryLayout(WIDTH), RotaryLayout(WIDTH, interleaved=True), RotaryLayout(WIDTH, start=8)]
+from rope_scaling.spans import compose
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["halves", "neighbours", "last"])
@@ -151,7 +105,7 @@ def test_spans_turned_one_from_another_leave_what_they_were_given(name, windows_
     inputs = by_model(q, LAYOUTS[0]), by_model(k, LAYOUTS[0]), v
     kept = [x.clone() for x in inputs]
     made = Plan(spans, whole(400), LAYOUTS[0], INV_FREQ)
-    made.memo["schedule", id(made.segments[0])] = make_schedule(made.segments[0], spans, 96)
+    made.memo["schedule", made.segments[0]] = make_schedule(made.segments[0], spans, 96)
     wanted = reference_attention(*inputs, made, 0.3)
     for _ in range(2):
         assert torch.allclose(tiled_attention(*inputs, made, 0.3), wanted, atol=1e-5)
@@ -228,19 +182,6 @@ def test_what_no_kernel_does():
     dropped = torch.stack([reference_attention(q, k, v, made, 0.3, dropout=0.2) for _ in range(400)])
     assert (dropped[0] - dropped[1]).abs().max() > 0.1
     assert torch.allclose(dropped.mean(0), reference_attention(q, k, v, made, 0.3), atol=0.2)
-
-
-@st.composite
-def intervals(draw):
-    """Disjoint intervals of any form that spans may have: ends that stand, advance or jump, never back."""
-    length = draw(st.integers(1, 60))
-    cut = draw(st.lists(st.integers(0, 3), min_size=length, max_size=length))
-    low = draw(st.lists(st.integers(0, 2), min_size=length, max_size=length))
-    middle, begin = [], []
-    for query in range(length):
-        middle.append(min((middle[-1] if middle else 0) + cut[query], query))
-        begin.append(min((begin[-1] if begin else 0) + low[query], middle[-1]))
-    return torch.tensor(begin), torch.tensor(middle)
 
 
 @settings(deadline=None, max_examples=200)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_twins import use_twin
 from conftest import apply, left_padded, logits, strong, token_ids
 
 from cases import METHOD_CASES
@@ -48,6 +49,10 @@ def test_one_answer(family, case):
     assert all(torch.isfinite(one).all() for one in alone)
     assert difference(logits(model, token_ids(LENGTH)), before) > TOLERANCE, "the method does nothing"
 
+    check_one_answer(model, texts, alone, case)
+
+
+def check_one_answer(model, texts, alone, case):
     assert difference(logits(model, texts[0][None])[0], alone[0]) == 0, "with a cache to fill"
     assert difference(in_steps(model, texts[0][None], STEPS)[0], alone[0]) < TOLERANCE, "in steps"
 
@@ -65,6 +70,19 @@ def test_one_answer(family, case):
         assert difference(part, one) < TOLERANCE, "packed"
 
     assert difference(logits(model, texts[2][None], use_cache=False)[0], alone[2]) == 0, "after longer calls"
+
+
+@pytest.mark.parametrize("case", SPAN_CASES)
+@pytest.mark.parametrize("twin", ["flash", "cudnn"])
+def test_one_answer_of_the_engine_for_gpus(twin, case, monkeypatch):
+    """Through twins of the CUDA kernels: the same as the engine for CPUs gives, in every way of running a text."""
+    model = apply(strong("llama" if twin == "cudnn" else "mistral"), case)
+    texts = [token_ids(length, seed=length)[0] for length in (LENGTH, *SHORTER)]
+    alone = [logits(model, text[None], use_cache=False)[0] for text in texts]
+    use_twin(monkeypatch, twin)
+    for text, wanted in zip(texts, alone, strict=True):
+        assert difference(logits(model, text[None], use_cache=False)[0], wanted) < TOLERANCE
+    check_one_answer(model, texts, [logits(model, text[None], use_cache=False)[0] for text in texts], case)
 
 
 @pytest.mark.parametrize("case", SPAN_CASES)

@@ -1,0 +1,252 @@
+"""Attention from spans on a GPU: whole spans through PyTorch's own kernels, and an exact merge.
+
+Queries and keys are rotated once for each span, a span is one kernel call or a few (`blocks.py`), and the parts of
+the softmax are merged by their log-sum-exps. Nothing of the size of all scores is held, nothing is compiled for a
+length, and the backward pass runs the same blocks with the merged output and log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from rope_scaling.attention import kernels as stock
+from rope_scaling.attention.blocks import Block, make_blocks
+from rope_scaling.attention.fused import merge_, rotate
+from rope_scaling.attention.kernels import Kernels
+from rope_scaling.attention.plan import Plan, Segment
+from rope_scaling.spans import Span
+
+
+RotatedKeys = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
+"""Gives a segment's keys at the angles of a span, all that its queries see there, and the index of the first."""
+
+
+def whole_span_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan,
+    scaling: float,
+    kernels: Kernels,
+    *,
+    sinks: torch.Tensor | None = None,
+    rotated_keys: RotatedKeys | None = None,
+) -> torch.Tensor:
+    """Attention as the spans define it, with memory linear in the length.
+
+    Args:
+        query (`torch.Tensor`): `[B, H, T, d]`.
+        key (`torch.Tensor`): `[B, Hk, S, d]`, `H` a multiple of `Hk`.
+        value (`torch.Tensor`): `[B, Hk, S, d]`.
+        plan (`Plan`): Spans, positions and rotations.
+        scaling (`float`): Multiplier of scores.
+        kernels (`Kernels`): What computes the blocks.
+        sinks (`torch.Tensor`, *optional*): A learned score for every head that takes part in the softmax, `[H]`.
+        rotated_keys (callable, *optional*): Where rotated keys come from, if they are kept between calls.
+
+    Returns:
+        `torch.Tensor`: `[B, H, T, d]`; rows that belong to no segment are 0.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    needs_gradients = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)
+    )
+    if needs_gradients:
+        return _WholeSpans.apply(query, key, value, sinks, plan, scaling, kernels)
+    return _run(query, key, value, sinks, plan, scaling, kernels, rotated_keys)[0]
+
+
+def blocks_of(plan: Plan, segment: Segment, kernels: Kernels) -> list[Block]:
+    """The kernel calls of a segment, made once for all layers that share the plan."""
+    key = ("blocks", segment, kernels)
+    if key not in plan.memo:
+        plan.memo[key] = make_blocks(segment, plan.spans, kernels.native_band)
+    return plan.memo[key]  # type: ignore[no-any-return]
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan: Plan,
+    scaling: float,
+    kernels: Kernels,
+    rotated_keys: RotatedKeys | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and the log-sum-exp of every query (`[B, H, T]`, float32, `-inf` for those that see nothing)."""
+    rows, heads, length, width = query.shape
+    out: torch.Tensor | None = None
+    lse = query.new_full((rows, heads, length), -torch.inf, dtype=torch.float32)
+    for segment in plan.segments:
+        blocks = blocks_of(plan, segment, kernels)
+        for index, of_span in groupby(blocks, key=lambda block: block.span):
+            tensors = _Rotated(query, key, value, plan, segment, plan.spans[index], list(of_span), rotated_keys)
+            for row, block in tensors.calls():
+                q, k, v = tensors.inputs(row, block)
+                new, new_lse = stock.forward(kernels.of(block.shape, block.queries), q, k, v, block.shape, scaling)
+                if out is None and new.shape == query.shape and block.count == 1:
+                    out, lse = new, new_lse  # the whole of it
+                    continue
+                if out is None:
+                    # Token by token in memory, as the kernels write and as the model's next layer reads.
+                    out = query.new_zeros(rows, length, heads, width).transpose(1, 2)
+                where = row, segment.queries.start + block.begin, block.queries, block.query_step, block.count
+                into, into_lse = _blocks(out, *where), _blocks(lse, *where)
+                if block.is_first:
+                    into.copy_(new)
+                    into_lse.copy_(new_lse)
+                else:
+                    merge_(into, into_lse, new, new_lse)
+            del tensors
+    if out is None:
+        out = torch.zeros_like(query)
+    if sinks is not None:
+        whole = torch.logaddexp(lse, sinks.to(lse)[None, :, None])
+        out = (out * torch.exp(lse - whole)[..., None]).to(out.dtype)
+        lse = whole
+    return out, lse
+
+
+def _blocks(x: torch.Tensor, rows: slice, first: int, size: int, step: int, count: int) -> torch.Tensor:
+    """`count` pieces of `size` tokens, `step` apart, of rows of `x` (`[B, H, T, ...]`), as a batch and a view."""
+    x = x[rows]
+    if count == 1:
+        return x[:, :, first : first + size]
+    stride = x.stride()
+    shape = (count, x.shape[1], size, *x.shape[3:])
+    offset = x.storage_offset() + first * stride[2]
+    return x.as_strided(shape, (step * stride[2], *stride[1:]), offset)
+
+
+class _Rotated:
+    """The tensors of one segment for the blocks of one span: queries and keys that these need, rotated."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        segment: Segment,
+        span: Span,
+        blocks: list[Block],
+        rotated_keys: RotatedKeys | None = None,
+    ):
+        self.segment, self.blocks, self.layout = segment, blocks, plan.layout
+        self.begin, self.end = min(block.begin for block in blocks), max(block.end for block in blocks)
+        self.first, self.last = min(block.first for block in blocks), max(block.key_end for block in blocks)
+        of_queries, of_keys = plan.query_rotation(segment, span), None
+        self.query_rotation = of_queries.part(self.begin, self.end) if of_queries else None
+        gain = plan.query_gain(segment)
+        self.gain = None if gain is None else gain[self.begin : self.end].to(query.device, torch.float32)
+        rows = segment.rows
+        start = segment.queries.start
+        self.query = rotate(
+            query[rows, :, start + self.begin : start + self.end], self.query_rotation, plan.layout, self.gain
+        )
+        self.value = value[rows, :, segment.keys]
+        self.key = key[rows, :, segment.keys]
+        self.key_start = 0
+        if span.key is not None and rotated_keys is not None:
+            self.key, self.key_start = rotated_keys(segment, span, self.key)
+        elif span.key is not None:
+            of_keys = plan.key_rotation(segment, span)
+            of_keys = of_keys.part(self.first, self.last) if of_keys else None
+            self.key, self.key_start = rotate(self.key[:, :, self.first : self.last], of_keys, plan.layout), self.first
+        self.key_rotation = of_keys
+
+    def calls(self) -> Iterator[tuple[slice, Block]]:
+        """Rows of the batch and block of every kernel call: all rows at once, or the blocks of one row as a batch."""
+        for block in self.blocks:
+            if block.count == 1:
+                yield self.segment.rows, block
+                continue
+            for row in range(self.segment.rows.start, self.segment.rows.stop):
+                yield slice(row, row + 1), block
+
+    def inputs(self, rows: slice, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of a call."""
+        inside = slice(rows.start - self.segment.rows.start, rows.stop - self.segment.rows.start)
+        of_keys = block.keys, block.key_step, block.count
+        return (
+            _blocks(self.query, inside, block.begin - self.begin, block.queries, block.query_step, block.count),
+            _blocks(self.key, inside, block.first - self.key_start, *of_keys),
+            _blocks(self.value, inside, block.first, *of_keys),
+        )
+
+
+class _WholeSpans(torch.autograd.Function):
+    """Gradients block by block: with the merged output and log-sum-exp every kernel's backward is exact."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, sinks: Any, plan: Plan, scaling: float, kernels: Kernels
+    ) -> torch.Tensor:
+        out, lse = _run(query, key, value, sinks, plan, scaling, kernels)
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.plan, ctx.scaling, ctx.kernels = plan, scaling, kernels
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, key, value)]
+        for segment in ctx.plan.segments:
+            blocks = blocks_of(ctx.plan, segment, ctx.kernels)
+            for index, of_span in groupby(blocks, key=lambda block: block.span):
+                tensors = _Rotated(query, key, value, ctx.plan, segment, ctx.plan.spans[index], list(of_span))
+                _span_backward(tensors, grad, out, lse, ctx.scaling, ctx.kernels, totals)
+                del tensors
+        gradients = [total.to(tensor.dtype) for total, tensor in zip(totals, (query, key, value), strict=True)]
+        of_sinks = None
+        if sinks is not None:
+            # The sink's value is 0, so its score only takes probability away.
+            taken = torch.exp(sinks.to(lse)[None, :, None] - lse) * (grad.float() * out.float()).sum(-1)
+            of_sinks = -taken.sum((0, 2)).to(sinks.dtype)
+        return *gradients, of_sinks, None, None, None
+
+
+def _span_backward(
+    tensors: _Rotated,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+    kernels: Kernels,
+    totals: list[torch.Tensor],
+) -> None:
+    """Adds the gradients of one span of a segment to those of query, key and value."""
+    segment, layout = tensors.segment, tensors.layout
+    begin, end, first, last = tensors.begin, tensors.end, tensors.first, tensors.last
+    start = segment.queries.start
+    of_query = totals[0][segment.rows, :, start + begin : start + end]
+    of_key = totals[1][segment.rows, :, segment.keys][:, :, first:last]
+    of_value = totals[2][segment.rows, :, segment.keys]
+    # Gradients of what was rotated are collected apart and rotated back at the end.
+    turns_query = tensors.query_rotation is not None or tensors.gain is not None
+    into_query = torch.zeros_like(of_query) if turns_query else of_query
+    into_key = torch.zeros_like(of_key) if tensors.key_rotation is not None else of_key
+    for rows, block in tensors.calls():
+        where = rows, start + block.begin, block.queries, block.query_step, block.count
+        rest = (_blocks(x, *where) for x in (grad, out, lse))
+        inside = slice(rows.start - segment.rows.start, rows.stop - segment.rows.start)
+        of_keys = block.keys, block.key_step, block.count
+        its_grad, its_out, its_lse = rest
+        kernel = kernels.of(block.shape, block.queries)
+        of_q, of_k, of_v = stock.backward(
+            kernel, its_grad, *tensors.inputs(rows, block), its_out, its_lse, block.shape, scaling
+        )
+        _blocks(into_query, inside, block.begin - begin, block.queries, block.query_step, block.count).add_(of_q)
+        _blocks(into_key, inside, block.first - first, *of_keys).add_(of_k)
+        _blocks(of_value, inside, block.first, *of_keys).add_(of_v)
+    if turns_query:
+        back = tensors.query_rotation.adjoint() if tensors.query_rotation else None
+        of_query.add_(rotate(into_query, back, layout, tensors.gain))
+    if tensors.key_rotation is not None:
+        of_key.add_(rotate(into_key, tensors.key_rotation.adjoint(), layout))
