@@ -30,7 +30,9 @@ RECIPES = $(basename $(notdir $(wildcard recipes/demo_*.yaml)))
 SETUP := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo sweep tasks test slow host oldest newest lint bench real ecosystem llama-cpp families recipes smoke clean
+GPU_PYTHON ?= python3
+
+.PHONY: demo sweep tasks test slow host oldest newest lint bench gpu real ecosystem llama-cpp families recipes smoke clean
 
 demo: $(VENV)/.eval ## the embedded model, unpatched and under a dozen methods, at 1x to 8x: loss and look-ups, in a few minutes
 	$(BIN)/rope-scaling evaluate --model demo --task perplexity --task kv_retrieval:trials=$(DEMO_TRIALS) \
@@ -75,6 +77,9 @@ bench: $(VENV)/.dev ## every benchmark; each prints ratios measured side by side
 	$(BIN)/python benchmarks/decode.py --streaming
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/loss.py
+
+gpu: ## on a machine with a CUDA card, in its own Python (GPU_PYTHON): the engine beside stock attention, and its tests
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
 
 real: $(VENV)/.dev ## the real model's tables at 16k and 32k tokens, and the planted codes: four to eight hours on two cores
 	$(BIN)/rope-scaling evaluate $(REAL) --max-documents $(REAL_DOCUMENTS) --lengths 1x,2x \

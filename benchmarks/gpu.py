@@ -1,8 +1,8 @@
 """What the engine costs on a GPU: every number beside that of stock attention on the same card, in the same run.
 
-    python benchmarks/gpu.py                 # the tests that need a card, then every measurement: eight minutes at most
+    python benchmarks/gpu.py                 # every measurement, then the tests that need a card: in eight minutes
     python benchmarks/gpu.py --output FILE   # rows elsewhere than benchmarks/results/gpu.jsonl
-    python benchmarks/gpu.py --dry-run       # on a CPU, tiny shapes, through twins of the kernels: numbers mean nothing
+    python benchmarks/gpu.py --dry-run       # on a CPU in tiny shapes, through twins of the kernels
 
 Rows are written as they come, so a run that is cut short keeps what it had. Times are medians; ours and stock
 alternate. Nothing but PyTorch and Transformers is needed.
@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,32 +167,33 @@ def method_table(bench: Bench) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
 def prefill(bench: Bench) -> None:
     """Attention of one layer over 65,536 tokens."""
-    length = bench.length(65536)
-    for shape, (_, _, width) in SHAPES.items():
-        tensors = bench.tensors(shape, length)
-        kernels = bench.kernels(tensors)
+    for shape in SHAPES:
         for name, method in method_table(bench).items():
-            plan = bench.plan(method, shape, 0, length)
-            calls = {
-                "ours": lambda plan=plan: whole_span_attention(*tensors, plan, width**-0.5, kernels),
-                **bench.stock(tensors),
-            }
-            times = bench.alternate(calls, repeats=5)
-            best = min(value for key, value in times.items() if key != "ours")
-            share = share_of_pairs(plan, length) if name.startswith("sliding") else 1.0
-            bench.row(
-                what="prefill",
-                method=name,
-                shape=shape,
-                length=length,
-                times_ms=times,
-                share_of_causal=share,
-                ratio=times["ours"] / (best * share),
-                kernels=str(kernels),
-            )
+            prefill_row(bench, shape, name, method)
+
+
+@torch.inference_mode()
+def prefill_row(bench: Bench, shape: str, name: str, method: Any) -> None:
+    length, width = bench.length(65536), SHAPES[shape][2]
+    tensors = bench.tensors(shape, length)
+    kernels = bench.kernels(tensors)
+    plan = bench.plan(method, shape, 0, length)
+    ours = lambda: whole_span_attention(*tensors, plan, width**-0.5, kernels)  # noqa: E731
+    times = bench.alternate({"ours": ours, **bench.stock(tensors)}, repeats=5)
+    best = min(value for key, value in times.items() if key != "ours")
+    share = share_of_pairs(plan, length) if name.startswith("sliding") else 1.0
+    bench.row(
+        what="prefill",
+        method=name,
+        shape=shape,
+        length=length,
+        times_ms=times,
+        share_of_causal=share,
+        ratio=times["ours"] / (best * share),
+        kernels=str(kernels),
+    )
 
 
 def share_of_pairs(plan: Plan, length: int) -> float:
@@ -203,37 +205,39 @@ def share_of_pairs(plan: Plan, length: int) -> float:
     return pairs / (length * (length + 1) / 2)
 
 
-@torch.inference_mode()
 def decode_attention(bench: Bench) -> None:
     """Attention of one layer for one token on 65,536 cached ones, launched from a CUDA graph."""
-    length, shape = bench.length(65536), "8b"
     for rows in (1, 8):
-        tensors = bench.tensors(shape, length, rows, queries=1)
-        tensors[1:] = [x.contiguous() for x in tensors[1:]]
-        kernels = bench.kernels(tensors)
-        cached_bytes = sum(x.numel() * x.element_size() for x in tensors[1:])
-        stock_calls = dict(list(bench.stock(tensors, causal=False).items())[:1])
         for name in ("rerope", "angle_clip", "dual_chunk", "dynamic_yarn"):
-            plan = bench.plan(method_table(bench)[name], shape, length - 1, length, rows)
-            rotated = {span.key: torch.randn_like(tensors[1]) for span in plan.spans if span.key is not None}
+            decode_row(bench, rows, name)
 
-            def ours(plan: Plan = plan, rotated: dict = rotated) -> torch.Tensor:
-                keys = lambda segment, span, key: (rotated[span.key], 0)  # noqa: E731
-                return whole_span_attention(*tensors, plan, 0.1, kernels, rotated_keys=keys)
 
-            calls = {"ours": ours, **stock_calls}
-            times = bench.alternate({key: graph_of(bench, call) for key, call in calls.items()}, repeats=25)
-            times = {key: ms / (1 if bench.dry else GRAPHED) for key, ms in times.items()}
-            bandwidth = {key: cached_bytes / ms / 1e9 for key, ms in times.items()}
-            bench.row(
-                what="decode attention",
-                method=name,
-                rows=rows,
-                context=length,
-                times_ms=times,
-                terabytes_per_second=bandwidth,
-                ratio=times["ours"] / times["stock"],
-            )
+@torch.inference_mode()
+def decode_row(bench: Bench, rows: int, name: str) -> None:
+    length, shape = bench.length(65536), "8b"
+    tensors = bench.tensors(shape, length, rows, queries=1)
+    tensors[1:] = [x.contiguous() for x in tensors[1:]]
+    kernels = bench.kernels(tensors)
+    plan = bench.plan(method_table(bench)[name], shape, length - 1, length, rows)
+    rotated = {span.key: torch.randn_like(tensors[1]) for span in plan.spans if span.key is not None}
+
+    def ours() -> torch.Tensor:
+        keys = lambda segment, span, key: (rotated[span.key], 0)  # noqa: E731
+        return whole_span_attention(*tensors, plan, 0.1, kernels, rotated_keys=keys)
+
+    calls = {"ours": ours, "stock": bench.stock(tensors, causal=False)["stock"]}
+    times = bench.alternate({key: graph_of(bench, call) for key, call in calls.items()}, repeats=25)
+    times = {key: ms / (1 if bench.dry else GRAPHED) for key, ms in times.items()}
+    cached_bytes = sum(x.numel() * x.element_size() for x in tensors[1:])
+    bench.row(
+        what="decode attention",
+        method=name,
+        rows=rows,
+        context=length,
+        times_ms=times,
+        terabytes_per_second={key: cached_bytes / ms / 1e9 for key, ms in times.items()},
+        ratio=times["ours"] / times["stock"],
+    )
 
 
 def graph_of(bench: Bench, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -253,31 +257,29 @@ def graph_of(bench: Bench, call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-@torch.inference_mode()
 def decode_model(bench: Bench) -> None:
     """A token of a model with four layers in the shape of an 8B model, on 65,536 cached ones, launched eagerly."""
-    length = bench.length(65536)
     model = layers_of_8b(bench)
     twin = copy.deepcopy(model)
     for rows in (1, 8):
         for method in (ReRope(), DynamicYarn()):
             rope_scaling.patch(twin, method)
-            caches = {name: filled_cache(bench, model, rows, length) for name in ("stock", "ours")}
-            ids = torch.ones(rows, 1, dtype=torch.long, device=bench.device)
-            calls = {
-                "stock": lambda: model(ids, **{CACHE_NAME: caches["stock"]}),
-                "ours": lambda: twin(ids, **{CACHE_NAME: caches["ours"]}),
-            }
-            times = bench.alternate(calls, repeats=20)
-            bench.row(
-                what="decode, 4 layers",
-                method=method.name,
-                rows=rows,
-                context=length,
-                times_ms=times,
-                ratio=times["ours"] / times["stock"],
-            )
+            decode_model_row(bench, rows, method.name, model, twin)
             rope_scaling.unpatch(twin)
+
+
+@torch.inference_mode()
+def decode_model_row(bench: Bench, rows: int, name: str, model: Any, twin: Any) -> None:
+    length = bench.length(65536)
+    caches = {key: filled_cache(bench, model, rows, length) for key in ("stock", "ours")}
+    ids = torch.ones(rows, 1, dtype=torch.long, device=bench.device)
+    calls = {
+        "stock": lambda: model(ids, **{CACHE_NAME: caches["stock"]}),
+        "ours": lambda: twin(ids, **{CACHE_NAME: caches["ours"]}),
+    }
+    times = bench.alternate(calls, repeats=20)
+    ratio = times["ours"] / times["stock"]
+    bench.row(what="decode, 4 layers", method=name, rows=rows, context=length, times_ms=times, ratio=ratio)
 
 
 def layers_of_8b(bench: Bench) -> Any:
@@ -307,31 +309,34 @@ def filled_cache(bench: Bench, model: Any, rows: int, length: int) -> DynamicCac
 
 def training(bench: Bench) -> None:
     """Forward and backward of one layer's attention over 16,384 tokens."""
-    length = bench.length(16384)
-    for shape, (_, _, width) in SHAPES.items():
-        tensors = [x.detach().requires_grad_() for x in bench.tensors(shape, length)]
-        kernels = bench.kernels(tensors, gradients=True)
-        grad = torch.randn_like(tensors[0])
-        plan = bench.plan(ReRope(), shape, 0, length)
-        forwards = {
-            "ours": lambda plan=plan: whole_span_attention(*tensors, plan, width**-0.5, kernels),
-            **bench.stock(tensors),
-        }
-        calls = {
-            name: lambda forward=forward: torch.autograd.grad(forward(), tensors, grad)
-            for name, forward in forwards.items()
-        }
-        times = bench.alternate(calls, repeats=5)
-        best = min(value for key, value in times.items() if key != "ours")
-        bench.row(
-            what="forward and backward",
-            method="rerope",
-            shape=shape,
-            length=length,
-            times_ms=times,
-            ratio=times["ours"] / best,
-            kernels=str(kernels),
-        )
+    for shape in SHAPES:
+        training_row(bench, shape)
+
+
+def training_row(bench: Bench, shape: str) -> None:
+    length, width = bench.length(16384), SHAPES[shape][2]
+    tensors = [x.detach().requires_grad_() for x in bench.tensors(shape, length)]
+    kernels = bench.kernels(tensors, gradients=True)
+    grad = torch.randn_like(tensors[0])
+    plan = bench.plan(ReRope(), shape, 0, length)
+    ours = lambda: whole_span_attention(*tensors, plan, width**-0.5, kernels)  # noqa: E731
+    forwards = {"ours": ours, **bench.stock(tensors)}
+    calls = {name: partial(step, forward, tensors, grad) for name, forward in forwards.items()}
+    times = bench.alternate(calls, repeats=7)
+    best = min(value for key, value in times.items() if key != "ours")
+    bench.row(
+        what="forward and backward",
+        method="rerope",
+        shape=shape,
+        length=length,
+        times_ms=times,
+        ratio=times["ours"] / best,
+        kernels=str(kernels),
+    )
+
+
+def step(forward: Callable[[], torch.Tensor], tensors: list[torch.Tensor], grad: torch.Tensor) -> None:
+    torch.autograd.grad(forward(), tensors, grad)
 
 
 @torch.inference_mode()
@@ -393,10 +398,14 @@ def first_calls(bench: Bench) -> None:
         return
     tensors = bench.tensors("8b", 9000)
     kernels = bench.kernels(tensors)
-    for name, call in (
-        ("stock", lambda q, k, v, plan: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)),
-        ("ours", lambda q, k, v, plan: whole_span_attention(q, k, v, plan, 0.1, kernels)),
-    ):  # fmt: skip
+
+    def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return whole_span_attention(q, k, v, plan, 0.1, kernels)
+
+    for name, call in (("stock", stock), ("ours", ours)):
         times = []
         for length in (8501, 8602, 8703):
             plan = bench.plan(ReRope(), "8b", 0, length)

@@ -78,7 +78,9 @@ def make_blocks(segment: Segment, spans: list[Span], native_band: NativeBand) ->
             block for begin, end in runs(first, last) for block in _cut(index, begin, end, first, last, native_band)
         ]
         for shape in ("causal", "band", "full", "reversed"):
-            blocks.extend(_batched([block for block in single if block.shape == shape]))
+            # The first blocks of all are what others are merged into: in one call where they can be.
+            most = LARGEST_BATCH if blocks else len(segment.positions)
+            blocks.extend(_batched([block for block in single if block.shape == shape], most))
     return _marked(blocks, len(segment.positions))
 
 
@@ -115,13 +117,13 @@ def _cut(
             yield Block(span, "reversed", begin + start, size - 1, low + start, size - 1)
 
 
-def _batched(blocks: list[Block]) -> Iterator[Block]:
+def _batched(blocks: list[Block], largest: int) -> Iterator[Block]:
     """Joins consecutive equal blocks at equal steps that share no query and no key."""
     blocks = sorted(blocks, key=lambda block: (block.queries, block.keys, block.begin))
     start = 0
     while start < len(blocks):
         base = blocks[start]
-        most = max(LARGEST_BATCH // base.queries, 1)
+        most = max(largest // base.queries, 1)
         query_step = key_step = count = 1
         for block in blocks[start + 1 : start + most]:
             steps = block.begin - blocks[start + count - 1].begin, block.first - blocks[start + count - 1].first

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from rope_scaling.attention import kernels as stock
 from rope_scaling.attention.blocks import Block, make_blocks
-from rope_scaling.attention.fused import merge_, rotate
+from rope_scaling.attention.fused import add_rotated_, merge_, reverse_tokens, rotate
 from rope_scaling.attention.kernels import Kernels
 from rope_scaling.attention.plan import Plan, Segment
 from rope_scaling.spans import Span
@@ -68,6 +67,10 @@ def blocks_of(plan: Plan, segment: Segment, kernels: Kernels) -> list[Block]:
     return plan.memo[key]  # type: ignore[no-any-return]
 
 
+_HEADS_AT_ONCE = 2**29
+"""Bytes of queries whose heads are computed together; rotated queries and partial outputs are as large."""
+
+
 def _run(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -79,37 +82,98 @@ def _run(
     rotated_keys: RotatedKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and the log-sum-exp of every query (`[B, H, T]`, float32, `-inf` for those that see nothing)."""
-    rows, heads, length, width = query.shape
-    out: torch.Tensor | None = None
-    lse = query.new_full((rows, heads, length), -torch.inf, dtype=torch.float32)
-    for segment in plan.segments:
-        blocks = blocks_of(plan, segment, kernels)
-        for index, of_span in groupby(blocks, key=lambda block: block.span):
-            tensors = _Rotated(query, key, value, plan, segment, plan.spans[index], list(of_span), rotated_keys)
-            for row, block in tensors.calls():
-                q, k, v = tensors.inputs(row, block)
-                new, new_lse = stock.forward(kernels.of(block.shape, block.queries), q, k, v, block.shape, scaling)
-                if out is None and new.shape == query.shape and block.count == 1:
-                    out, lse = new, new_lse  # the whole of it
-                    continue
-                if out is None:
-                    # Token by token in memory, as the kernels write and as the model's next layer reads.
-                    out = query.new_zeros(rows, length, heads, width).transpose(1, 2)
-                where = row, segment.queries.start + block.begin, block.queries, block.query_step, block.count
-                into, into_lse = _blocks(out, *where), _blocks(lse, *where)
-                if block.is_first:
-                    into.copy_(new)
-                    into_lse.copy_(new_lse)
-                else:
-                    merge_(into, into_lse, new, new_lse)
-            del tensors
-    if out is None:
-        out = torch.zeros_like(query)
+    result = _Result(query)
+    groups = _head_groups(query, key) if rotated_keys is None else [(slice(None), slice(None))]
+    for heads, key_heads in groups:
+        tensors = query[:, heads], key[:, key_heads], value[:, key_heads]
+        part = result if len(groups) == 1 else result.of_heads(heads)
+        for segment in plan.segments:
+            blocks = blocks_of(plan, segment, kernels)
+            for index, of_span in groupby(blocks, key=lambda block: block.span):
+                span = plan.spans[index]
+                rotated = _Rotated(*tensors, plan, segment, span, list(of_span), rotated_keys)
+                _run_span(rotated, part, scaling, kernels)
+                del rotated  # before the next is made
+    out, lse = result.get()
     if sinks is not None:
         whole = torch.logaddexp(lse, sinks.to(lse)[None, :, None])
         out = (out * torch.exp(lse - whole)[..., None]).to(out.dtype)
         lse = whole
     return out, lse
+
+
+def _head_groups(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Heads and key heads to compute at a time."""
+    heads, key_heads = query.shape[1], key.shape[1]
+    size = query.numel() * query.element_size()
+    count = next(
+        n for n in range(1, key_heads + 1) if key_heads % n == 0 and (size <= n * _HEADS_AT_ONCE or n == key_heads)
+    )
+    steps = heads // count, key_heads // count
+    return [tuple(slice(index * step, (index + 1) * step) for step in steps) for index in range(count)]  # type: ignore[misc]
+
+
+class _Result:
+    """Output and log-sum-exp of a call while its blocks come in."""
+
+    def __init__(self, query: torch.Tensor, out: torch.Tensor | None = None, lse: torch.Tensor | None = None):
+        self.query, self.out, self.lse = query, out, lse
+
+    def get(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, with 0 and `-inf` where nothing came in."""
+        if self.out is None or self.lse is None:
+            rows, heads, length, width = self.query.shape
+            # Token by token in memory, as the kernels write and as the model's next layer reads.
+            self.out = self.query.new_zeros(rows, length, heads, width).transpose(1, 2)
+            self.lse = self.query.new_full((rows, heads, length), -torch.inf, dtype=torch.float32)
+        return self.out, self.lse
+
+    def of_heads(self, heads: slice) -> _Result:
+        """The part of some heads, as views."""
+        out, lse = self.get()
+        return _Result(self.query[:, heads], out[:, heads], lse[:, heads])
+
+    def add(
+        self,
+        where: tuple[slice, int, int, int, int],
+        new: torch.Tensor,
+        new_lse: torch.Tensor,
+        block: Block,
+        is_reversed: bool,
+    ) -> None:
+        """Takes in the result of a block."""
+        if self.out is None and not is_reversed:
+            # A call that has all queries is where the others are merged into.
+            if new.shape == self.query.shape:
+                self.out, self.lse = new, new_lse
+                return
+            in_order = where[0] == slice(0, 1) and where[1] == 0 and block.query_step == block.queries
+            if in_order and len(self.query) == 1 and block.count * block.queries == self.query.shape[2]:
+                self.out = new.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+                self.lse = new_lse.transpose(0, 1).flatten(1, 2)[None]
+                return
+        out, lse = (_blocks(x, *where) for x in self.get())
+        if block.is_first and not is_reversed:
+            out.copy_(new)
+            lse.copy_(new_lse)
+        else:
+            merge_(out, lse, new, new_lse, is_reversed=is_reversed)
+
+
+def _run_span(tensors: _Rotated, result: _Result, scaling: float, kernels: Kernels) -> None:
+    """Runs the blocks of one span of a segment."""
+    start = tensors.segment.queries.start
+    for rows, block in tensors.calls():
+        kernel = kernels.of(block.shape, block.queries)
+        (q, k, v), shape = tensors.inputs(rows, block), block.shape
+        is_reversed = shape not in kernel.shapes
+        if is_reversed:
+            q, k, v = (reverse_tokens(x) for x in (q, k, v))
+            shape = "causal"
+        new, new_lse = kernel.forward(q, k, v, shape, scaling)
+        where = rows, start + block.begin, block.queries, block.query_step, block.count
+        result.add(where, new, new_lse, block, is_reversed)
+        del q, k, v, new
 
 
 def _blocks(x: torch.Tensor, rows: slice, first: int, size: int, step: int, count: int) -> torch.Tensor:
@@ -169,15 +233,15 @@ class _Rotated:
             for row in range(self.segment.rows.start, self.segment.rows.stop):
                 yield slice(row, row + 1), block
 
-    def inputs(self, rows: slice, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self, rows: slice, block: Block) -> list[torch.Tensor]:
         """Queries, keys and values of a call."""
         inside = slice(rows.start - self.segment.rows.start, rows.stop - self.segment.rows.start)
         of_keys = block.keys, block.key_step, block.count
-        return (
+        return [
             _blocks(self.query, inside, block.begin - self.begin, block.queries, block.query_step, block.count),
             _blocks(self.key, inside, block.first - self.key_start, *of_keys),
             _blocks(self.value, inside, block.first, *of_keys),
-        )
+        ]
 
 
 class _WholeSpans(torch.autograd.Function):
@@ -223,30 +287,29 @@ def _span_backward(
 ) -> None:
     """Adds the gradients of one span of a segment to those of query, key and value."""
     segment, layout = tensors.segment, tensors.layout
-    begin, end, first, last = tensors.begin, tensors.end, tensors.first, tensors.last
     start = segment.queries.start
-    of_query = totals[0][segment.rows, :, start + begin : start + end]
-    of_key = totals[1][segment.rows, :, segment.keys][:, :, first:last]
-    of_value = totals[2][segment.rows, :, segment.keys]
-    # Gradients of what was rotated are collected apart and rotated back at the end.
-    turns_query = tensors.query_rotation is not None or tensors.gain is not None
-    into_query = torch.zeros_like(of_query) if turns_query else of_query
-    into_key = torch.zeros_like(of_key) if tensors.key_rotation is not None else of_key
+    of_query = totals[0]
+    of_key, of_value = (total[segment.rows, :, segment.keys] for total in totals[1:])
+    back = tensors.query_rotation.adjoint() if tensors.query_rotation else None
+    key_back = tensors.key_rotation.adjoint() if tensors.key_rotation else None
     for rows, block in tensors.calls():
         where = rows, start + block.begin, block.queries, block.query_step, block.count
-        rest = (_blocks(x, *where) for x in (grad, out, lse))
-        inside = slice(rows.start - segment.rows.start, rows.stop - segment.rows.start)
-        of_keys = block.keys, block.key_step, block.count
-        its_grad, its_out, its_lse = rest
         kernel = kernels.of(block.shape, block.queries)
-        of_q, of_k, of_v = stock.backward(
-            kernel, its_grad, *tensors.inputs(rows, block), its_out, its_lse, block.shape, scaling
-        )
-        _blocks(into_query, inside, block.begin - begin, block.queries, block.query_step, block.count).add_(of_q)
-        _blocks(into_key, inside, block.first - first, *of_keys).add_(of_k)
-        _blocks(of_value, inside, block.first, *of_keys).add_(of_v)
-    if turns_query:
-        back = tensors.query_rotation.adjoint() if tensors.query_rotation else None
-        of_query.add_(rotate(into_query, back, layout, tensors.gain))
-    if tensors.key_rotation is not None:
-        of_key.add_(rotate(into_key, tensors.key_rotation.adjoint(), layout))
+        its_grad, its_out, its_lse = (_blocks(x, *where) for x in (grad, out, lse))
+        q, k, v = tensors.inputs(rows, block)
+        shape, is_reversed = block.shape, block.shape not in kernel.shapes
+        if is_reversed:
+            its_grad, its_out, q, k, v = (reverse_tokens(x) for x in (its_grad, its_out, q, k, v))
+            its_lse, shape = its_lse.flip(2), "causal"
+        of_q, of_k, of_v = kernel.backward(its_grad, q, k, v, its_out, its_lse, shape, scaling)
+        inside = slice(rows.start - segment.rows.start, rows.stop - segment.rows.start)
+        of_keys = inside, block.first, block.keys, block.key_step, block.count
+        first, key_first = block.begin - tensors.begin, block.first - tensors.first
+        turn = back.part(first, first + block.end - block.begin) if back else None
+        gain = None if tensors.gain is None else tensors.gain[first:]
+        more: dict[str, Any] = {"step": block.query_step, "is_reversed": is_reversed}
+        add_rotated_(_blocks(of_query, *where), of_q, turn, layout, gain, **more)
+        turn = key_back.part(key_first, key_first + block.key_end - block.first) if key_back else None
+        more["step"] = block.key_step
+        add_rotated_(_blocks(of_key, *of_keys), of_k, turn, layout, **more)
+        add_rotated_(_blocks(of_value, *of_keys), of_v, None, layout, **more)

@@ -85,9 +85,9 @@ def test_a_kernel_that_is_wrong_here_is_left_out_with_a_warning(fault, monkeypat
     with pytest.warns(UserWarning, match=r"Broken is not used for heads of width 16 in torch.float32 \(torch .*\): "):
         found = kernels._chosen(torch.device("cpu"), torch.float32, 4, 2, 16, True)
     assert found == Kernels(FLASH, FLASH, "the one that works here")
+    monkeypatch.setattr(kernels, "_candidates", lambda *_: [Broken(fault)])
+    kernels._chosen.cache_clear()
     with pytest.warns(UserWarning, match="Broken is not used"):
-        monkeypatch.setattr(kernels, "_candidates", lambda *_: [Broken(fault)])
-        kernels._chosen.cache_clear()
         assert kernels._chosen(torch.device("cpu"), torch.float32, 4, 2, 16, True) is None
     kernels._chosen.cache_clear()
 
@@ -152,9 +152,9 @@ def test_calls_and_rotations_of_a_layer(name, monkeypatch):
         rotations.extend([x.shape[2]] if rotation is not None else [])
         return rotate(x, rotation, *more)
 
-    def counted_merge(*arguments):
-        merges.append(arguments[0].shape)
-        return merge(*arguments)
+    def counted_merge(out, *more, **options):
+        merges.append(out.shape)
+        return merge(out, *more, **options)
 
     monkeypatch.setattr(f"{module}.rotate", counted_rotate)
     monkeypatch.setattr(f"{module}.merge_", counted_merge)
@@ -211,8 +211,31 @@ def check_fused(device):
     parts[0][:, :, :5], lses[0][:, :, :5] = 0, -torch.inf
     shares = torch.softmax(torch.stack(lses), 0)[..., None]
     wanted = parts[0] * shares[0] + parts[1] * shares[1], torch.logaddexp(*lses)
-    fused.merge_(parts[0], lses[0], parts[1], lses[1])
-    assert torch.allclose(parts[0], wanted[0], atol=1e-5) and torch.allclose(lses[0], wanted[1], atol=1e-5)
+    for is_reversed in (False, True):
+        out, lse = parts[0].clone(), lses[0].clone()
+        part, part_lse = (x.flip(2) if is_reversed else x for x in (parts[1], lses[1]))
+        fused.merge_(out, lse, part, part_lse, is_reversed=is_reversed)
+        assert torch.allclose(out, wanted[0], atol=1e-5) and torch.allclose(lse, wanted[1], atol=1e-5)
+    assert torch.equal(fused.reverse_tokens(parts[0]), parts[0].flip(2))
+    layout, total = RotaryLayout(16, start=2), torch.randn(1, 9, 300, 20, device=device)
+    blocks = total.as_strided((4, 9, 70, 20), (75 * 20, *total.stride()[1:]), 3 * 20)
+    angles = torch.randn(300, 8, dtype=torch.float64)
+    rotation, gain = (
+        Rotation.on_device(lambda begin, end: angles[begin:end].to(device), 300),
+        torch.rand(300, device=device),
+    )
+    for turn, factor in ((rotation, gain), (rotation, None), (None, None)):
+        for is_reversed in (False, True):
+            wanted = blocks.clone()
+            for index, into in enumerate(wanted):
+                at = slice(75 * index, 75 * index + 70)
+                block = parts[1][index : index + 1].flip(2) if is_reversed else parts[1][index : index + 1]
+                into += fused.rotate(
+                    block, turn and turn.part(at.start, at.stop), layout, None if factor is None else factor[at]
+                )[0]
+            more = {"step": 75, "is_reversed": is_reversed}
+            fused.add_rotated_(blocks, parts[1], turn, layout, factor, **more)
+            assert torch.allclose(blocks, wanted, atol=1e-5)
 
 
 def test_fused_without_triton():

@@ -97,5 +97,5 @@ def test_blocks_are_few(monkeypatch):
         made = make_blocks(segment, window, lambda width, queries, native=native: native)
         counts[native] = [(block.shape, block.count) for block in made]
     assert counts[True] == [("causal", 1), ("band", 1)]
-    assert counts[False] == [("causal", 8), ("causal", 8), ("reversed", 8), ("reversed", 7)]
+    assert counts[False] == [("causal", 16), ("reversed", 8), ("reversed", 7)]
     assert blocks.LARGEST_BATCH == 8 * 4096
