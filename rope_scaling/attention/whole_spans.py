@@ -7,7 +7,9 @@ length, and the backward pass runs the same blocks with the merged output and lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +19,7 @@ from rope_scaling.attention.blocks import Block, make_blocks
 from rope_scaling.attention.fused import add_rotated_, merge_, reverse_tokens, rotate
 from rope_scaling.attention.kernels import Kernels
 from rope_scaling.attention.plan import Plan, Segment
+from rope_scaling.attention.rotary import Rotation
 from rope_scaling.spans import Span
 
 
@@ -59,12 +62,69 @@ def whole_span_attention(
     return _run(query, key, value, sinks, plan, scaling, kernels, rotated_keys)[0]
 
 
-def blocks_of(plan: Plan, segment: Segment, kernels: Kernels) -> list[Block]:
-    """The kernel calls of a segment, made once for all layers that share the plan."""
-    key = ("blocks", segment, kernels)
+@dataclass(frozen=True, eq=False)
+class SpanTask:
+    """The blocks of one span of a segment, and what they need that is the same in every layer."""
+
+    plan: Plan
+    segment: Segment
+    span: Span
+    calls: list[tuple[slice, slice, Block]]
+    """Rows of the batch, the same counted from the segment's first, and block of every kernel call: all rows at once,
+    or the blocks of one row as a batch."""
+    begin: int
+    """First query of the blocks, in the segment."""
+    first: int
+    """First key."""
+    last: int
+    """Last key + 1."""
+    queries: slice
+    """The queries of the blocks, of the call."""
+    query_rotation: Rotation | None
+    gain: torch.Tensor | None
+    """What every query is multiplied with, float32."""
+
+    @cached_property
+    def key_rotation(self) -> Rotation | None:
+        """Of the keys `first .. last - 1`."""
+        rotation = self.plan.key_rotation(self.segment, self.span) if self.span.key is not None else None
+        return rotation.part(self.first, self.last) if rotation else None
+
+
+def tasks_of(plan: Plan, kernels: Kernels) -> list[SpanTask]:
+    """The kernel calls of a plan, made once for all layers that share it."""
+    key = ("tasks", kernels)
     if key not in plan.memo:
-        plan.memo[key] = make_blocks(segment, plan.spans, kernels.native_band)
+        plan.memo[key] = [
+            _task(plan, segment, plan.spans[index], list(blocks))
+            for segment in plan.segments
+            for index, blocks in groupby(
+                make_blocks(segment, plan.spans, kernels.native_band), key=lambda block: block.span
+            )
+        ]
     return plan.memo[key]  # type: ignore[no-any-return]
+
+
+def _task(plan: Plan, segment: Segment, span: Span, blocks: list[Block]) -> SpanTask:
+    begin, end = min(block.begin for block in blocks), max(block.end for block in blocks)
+    rotation, gain = plan.query_rotation(segment, span), plan.query_gain(segment)
+    rows, start = segment.rows, segment.queries.start
+    calls: list[tuple[slice, slice, Block]] = []
+    for block in blocks:
+        each = [rows] if block.count == 1 else [slice(row, row + 1) for row in range(rows.start, rows.stop)]
+        calls.extend((at, slice(at.start - rows.start, at.stop - rows.start), block) for at in each)
+    return SpanTask(
+        plan=plan,
+        segment=segment,
+        span=span,
+        calls=calls,
+        begin=begin,
+        first=min(block.first for block in blocks),
+        last=max(block.key_end for block in blocks),
+        queries=slice(start + begin, start + end),
+        query_rotation=rotation.part(begin, end) if rotation else None,
+        gain=None if gain is None else gain[begin:end].to(plan.device, torch.float32),
+    )
 
 
 _HEADS_AT_ONCE = 2**29
@@ -87,13 +147,8 @@ def _run(
     for heads, key_heads in groups:
         tensors = query[:, heads], key[:, key_heads], value[:, key_heads]
         part = result if len(groups) == 1 else result.of_heads(heads)
-        for segment in plan.segments:
-            blocks = blocks_of(plan, segment, kernels)
-            for index, of_span in groupby(blocks, key=lambda block: block.span):
-                span = plan.spans[index]
-                rotated = _Rotated(*tensors, plan, segment, span, list(of_span), rotated_keys)
-                _run_span(rotated, part, scaling, kernels)
-                del rotated  # before the next is made
+        for task in tasks_of(plan, kernels):
+            _run_span(task, _Rotated(task, *tensors, rotated_keys), part, scaling, kernels)
     out, lse = result.get()
     if sinks is not None:
         whole = torch.logaddexp(lse, sinks.to(lse)[None, :, None])
@@ -160,12 +215,12 @@ class _Result:
             merge_(out, lse, new, new_lse, is_reversed=is_reversed)
 
 
-def _run_span(tensors: _Rotated, result: _Result, scaling: float, kernels: Kernels) -> None:
+def _run_span(task: SpanTask, tensors: _Rotated, result: _Result, scaling: float, kernels: Kernels) -> None:
     """Runs the blocks of one span of a segment."""
-    start = tensors.segment.queries.start
-    for rows, block in tensors.calls():
+    start = task.segment.queries.start
+    for rows, inside, block in task.calls:
         kernel = kernels.of(block.shape, block.queries)
-        (q, k, v), shape = tensors.inputs(rows, block), block.shape
+        (q, k, v), shape = tensors.inputs(inside, block), block.shape
         is_reversed = shape not in kernel.shapes
         if is_reversed:
             q, k, v = (reverse_tokens(x) for x in (q, k, v))
@@ -178,9 +233,10 @@ def _run_span(tensors: _Rotated, result: _Result, scaling: float, kernels: Kerne
 
 def _blocks(x: torch.Tensor, rows: slice, first: int, size: int, step: int, count: int) -> torch.Tensor:
     """`count` pieces of `size` tokens, `step` apart, of rows of `x` (`[B, H, T, ...]`), as a batch and a view."""
-    x = x[rows]
+    if rows.stop - rows.start != len(x):
+        x = x[rows]
     if count == 1:
-        return x[:, :, first : first + size]
+        return x if size == x.shape[2] else x.narrow(2, first, size)
     stride = x.stride()
     shape = (count, x.shape[1], size, *x.shape[3:])
     offset = x.storage_offset() + first * stride[2]
@@ -188,59 +244,34 @@ def _blocks(x: torch.Tensor, rows: slice, first: int, size: int, step: int, coun
 
 
 class _Rotated:
-    """The tensors of one segment for the blocks of one span: queries and keys that these need, rotated."""
+    """The tensors of one layer for a task: the queries and keys that its blocks need, rotated."""
 
     def __init__(
         self,
+        task: SpanTask,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        plan: Plan,
-        segment: Segment,
-        span: Span,
-        blocks: list[Block],
         rotated_keys: RotatedKeys | None = None,
     ):
-        self.segment, self.blocks, self.layout = segment, blocks, plan.layout
-        self.begin, self.end = min(block.begin for block in blocks), max(block.end for block in blocks)
-        self.first, self.last = min(block.first for block in blocks), max(block.key_end for block in blocks)
-        of_queries, of_keys = plan.query_rotation(segment, span), None
-        self.query_rotation = of_queries.part(self.begin, self.end) if of_queries else None
-        gain = plan.query_gain(segment)
-        self.gain = None if gain is None else gain[self.begin : self.end].to(query.device, torch.float32)
-        rows = segment.rows
-        start = segment.queries.start
-        self.query = rotate(
-            query[rows, :, start + self.begin : start + self.end], self.query_rotation, plan.layout, self.gain
-        )
-        self.value = value[rows, :, segment.keys]
-        self.key = key[rows, :, segment.keys]
-        self.key_start = 0
-        if span.key is not None and rotated_keys is not None:
-            self.key, self.key_start = rotated_keys(segment, span, self.key)
-        elif span.key is not None:
-            of_keys = plan.key_rotation(segment, span)
-            of_keys = of_keys.part(self.first, self.last) if of_keys else None
-            self.key, self.key_start = rotate(self.key[:, :, self.first : self.last], of_keys, plan.layout), self.first
-        self.key_rotation = of_keys
-
-    def calls(self) -> Iterator[tuple[slice, Block]]:
-        """Rows of the batch and block of every kernel call: all rows at once, or the blocks of one row as a batch."""
-        for block in self.blocks:
-            if block.count == 1:
-                yield self.segment.rows, block
-                continue
-            for row in range(self.segment.rows.start, self.segment.rows.stop):
-                yield slice(row, row + 1), block
+        self.task = task
+        segment, layout = task.segment, task.plan.layout
+        self.query = rotate(query[segment.rows, :, task.queries], task.query_rotation, layout, task.gain)
+        self.value = value[segment.rows, :, segment.keys]
+        self.key, self.key_start = key[segment.rows, :, segment.keys], 0
+        if task.span.key is not None and rotated_keys is not None:
+            self.key, self.key_start = rotated_keys(segment, task.span, self.key)
+        elif task.span.key is not None:
+            self.key = rotate(self.key[:, :, task.first : task.last], task.key_rotation, layout)
+            self.key_start = task.first
 
     def inputs(self, rows: slice, block: Block) -> list[torch.Tensor]:
-        """Queries, keys and values of a call."""
-        inside = slice(rows.start - self.segment.rows.start, rows.stop - self.segment.rows.start)
+        """Queries, keys and values of a call, for rows counted from the segment's first."""
         of_keys = block.keys, block.key_step, block.count
         return [
-            _blocks(self.query, inside, block.begin - self.begin, block.queries, block.query_step, block.count),
-            _blocks(self.key, inside, block.first - self.key_start, *of_keys),
-            _blocks(self.value, inside, block.first, *of_keys),
+            _blocks(self.query, rows, block.begin - self.task.begin, block.queries, block.query_step, block.count),
+            _blocks(self.key, rows, block.first - self.key_start, *of_keys),
+            _blocks(self.value, rows, block.first, *of_keys),
         ]
 
 
@@ -261,12 +292,10 @@ class _WholeSpans(torch.autograd.Function):
         query, key, value, sinks, out, lse = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, key, value)]
-        for segment in ctx.plan.segments:
-            blocks = blocks_of(ctx.plan, segment, ctx.kernels)
-            for index, of_span in groupby(blocks, key=lambda block: block.span):
-                tensors = _Rotated(query, key, value, ctx.plan, segment, ctx.plan.spans[index], list(of_span))
-                _span_backward(tensors, grad, out, lse, ctx.scaling, ctx.kernels, totals)
-                del tensors
+        for task in tasks_of(ctx.plan, ctx.kernels):
+            tensors = _Rotated(task, query, key, value)
+            _span_backward(task, tensors, grad, out, lse, ctx.scaling, ctx.kernels, totals)
+            del tensors  # before the next is made
         gradients = [total.to(tensor.dtype) for total, tensor in zip(totals, (query, key, value), strict=True)]
         of_sinks = None
         if sinks is not None:
@@ -277,6 +306,7 @@ class _WholeSpans(torch.autograd.Function):
 
 
 def _span_backward(
+    task: SpanTask,
     tensors: _Rotated,
     grad: torch.Tensor,
     out: torch.Tensor,
@@ -286,27 +316,25 @@ def _span_backward(
     totals: list[torch.Tensor],
 ) -> None:
     """Adds the gradients of one span of a segment to those of query, key and value."""
-    segment, layout = tensors.segment, tensors.layout
-    start = segment.queries.start
+    segment, layout = task.segment, task.plan.layout
     of_query = totals[0]
     of_key, of_value = (total[segment.rows, :, segment.keys] for total in totals[1:])
-    back = tensors.query_rotation.adjoint() if tensors.query_rotation else None
-    key_back = tensors.key_rotation.adjoint() if tensors.key_rotation else None
-    for rows, block in tensors.calls():
-        where = rows, start + block.begin, block.queries, block.query_step, block.count
+    back = task.query_rotation.adjoint() if task.query_rotation else None
+    key_back = task.key_rotation.adjoint() if task.key_rotation else None
+    for rows, inside, block in task.calls:
+        where = rows, segment.queries.start + block.begin, block.queries, block.query_step, block.count
         kernel = kernels.of(block.shape, block.queries)
         its_grad, its_out, its_lse = (_blocks(x, *where) for x in (grad, out, lse))
-        q, k, v = tensors.inputs(rows, block)
+        q, k, v = tensors.inputs(inside, block)
         shape, is_reversed = block.shape, block.shape not in kernel.shapes
         if is_reversed:
             its_grad, its_out, q, k, v = (reverse_tokens(x) for x in (its_grad, its_out, q, k, v))
             its_lse, shape = its_lse.flip(2), "causal"
         of_q, of_k, of_v = kernel.backward(its_grad, q, k, v, its_out, its_lse, shape, scaling)
-        inside = slice(rows.start - segment.rows.start, rows.stop - segment.rows.start)
         of_keys = inside, block.first, block.keys, block.key_step, block.count
-        first, key_first = block.begin - tensors.begin, block.first - tensors.first
+        first, key_first = block.begin - task.begin, block.first - task.first
         turn = back.part(first, first + block.end - block.begin) if back else None
-        gain = None if tensors.gain is None else tensors.gain[first:]
+        gain = None if task.gain is None else task.gain[first:]
         more: dict[str, Any] = {"step": block.query_step, "is_reversed": is_reversed}
         add_rotated_(_blocks(of_query, *where), of_q, turn, layout, gain, **more)
         turn = key_back.part(key_first, key_first + block.key_end - block.first) if key_back else None

@@ -297,8 +297,9 @@ def _attend(
     if torch.is_autocast_enabled(device):
         # As stock attention does; the model may hand over queries in float32 and values in bfloat16.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    with torch.autocast(device, enabled=False):
-        return call.attend(layer, query, key, value, *settings)
+        with torch.autocast(device, enabled=False):
+            return call.attend(layer, query, key, value, *settings)
+    return call.attend(layer, query, key, value, *settings)
 
 
 @dataclass
