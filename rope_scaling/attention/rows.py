@@ -167,16 +167,15 @@ def _unmasked(rows: int, total: int, mask: torch.Tensor | None) -> list[tuple[in
             f"`attention_mask` must be 1 for tokens and 0 for padding, with shape {(rows, total)}; got shape "
             f"{tuple(mask.shape)}, {mask.dtype}. What a query sees beyond that, the method decides."
         )
-    seen = mask[:, :total].detach().cpu().bool()
-    if bool(seen.all()):
+    seen = mask[:, :total].detach().bool()
+    ends = [seen.int().argmax(1), total - seen.flip(1).int().argmax(1), seen.sum(1)]
+    first, last, counts = torch.stack(ends).tolist()  # one read of a few numbers a row, wherever the mask is
+    if min(counts) == total:
         return [(0, total)] * rows
-    first = seen.int().argmax(1)
-    last = total - seen.flip(1).int().argmax(1)
-    counts = seen.sum(1)
     found = []
     for row in range(rows):
         at = row if len(seen) > 1 else 0
-        begin, end, count = int(first[at]), int(last[at]), int(counts[at])
+        begin, end, count = first[at], last[at], counts[at]
         if count and end - begin != count:
             raise RopeScalingError(
                 f"`attention_mask` masks tokens in the middle of row {row}. Padding may stand on the left, or on the "

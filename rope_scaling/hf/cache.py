@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ from rope_scaling.attention.fused import rotate
 from rope_scaling.attention.plan import KeyPositions, Plan, Segment
 from rope_scaling.attention.rows import KeyStore
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.program import level_of_the_caller
 from rope_scaling.spans import Span
 
 
+_warned_of_memory = False
 _SLACK = 64
 """Tokens kept beyond the window, so that assisted decoding can take back what it guessed."""
 
@@ -158,7 +161,10 @@ class TurnedKeys:
         kept = self._buffers.get(name)
         if kept is None or not kept.begin <= begin <= kept.end:
             kept = _Buffer(key[:, :, :0], begin, begin)
-        kept.make_room(key, begin, end)
+        try:
+            kept.make_room(key, begin, end)
+        except torch.OutOfMemoryError:
+            return self._without_buffer(plan, segment, span, key, begin, end)
         if kept.end < end:
             rotation = plan.key_rotation(segment, span, kept.end, end)
             kept.append(rotate(key[:, :, kept.end : end], rotation, plan.layout))
@@ -167,6 +173,22 @@ class TurnedKeys:
             self._buffers[name] = kept
             self._used.add(name)
         return kept.keys, kept.begin
+
+    def _without_buffer(
+        self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor, begin: int, end: int
+    ) -> tuple[torch.Tensor, int]:
+        """The same for one call, where there is no memory to keep rotated keys in: slower, and said once."""
+        global _warned_of_memory
+        self._buffers, self._used = {}, set()
+        if not _warned_of_memory:
+            _warned_of_memory = True
+            warnings.warn(
+                f"No memory to keep rotated keys beside the cache on {key.device}: every token rotates them anew, "
+                "which is slower. Free memory, or use a method that keeps none, such as 'sliding_window' or "
+                "a frequency method.",
+                stacklevel=level_of_the_caller(),
+            )
+        return rotate(key[:, :, begin:end], plan.key_rotation(segment, span, begin, end), plan.layout), begin
 
     @property
     def elements(self) -> int:

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 import rope_scaling
 from cases import METHOD_CASES
 from rope_scaling import RopeScalingError, SlidingWindow
+from rope_scaling.hf import cache as rotated_cache
 from rope_scaling.hf.cache import rotated_copies
 from rope_scaling.hf.host import CACHE_NAME
 from span_cases import SPAN_CASES
@@ -272,3 +273,20 @@ def test_make_model_is_unchanged_by_patches_of_other_instances():
     assert not close(first, second)
     assert torch.equal(logits(one), first)
     assert close(logits(make_model("llama")), plain)
+
+
+def test_without_memory_for_rotated_keys_decoding_goes_on_and_says_so(monkeypatch):
+    model = apply(strong("llama"), "rerope")
+    ids = token_ids(150)
+    wanted = logits(model, ids, use_cache=False)
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rotated_cache._Buffer, "make_room", no_memory)
+    monkeypatch.setattr(rotated_cache, "_warned_of_memory", False)
+    filled = DynamicCache(config=model.config)
+    with pytest.warns(UserWarning, match="No memory to keep rotated keys beside the cache on cpu"):
+        outs = [logits(model, part, **{CACHE_NAME: filled}) for part in ids.split([100, *[1] * 50], dim=1)]
+    assert torch.allclose(torch.cat(outs, dim=1), wanted, atol=1e-4)
+    assert rotated_copies(filled) == 0
