@@ -21,7 +21,6 @@ from rope_scaling import (
 )
 from rope_scaling.attention.plan import Plan, Segment
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
-from rope_scaling.attention.schedule import make_schedule
 from rope_scaling.spans import Rope, plain
 
 
@@ -64,11 +63,7 @@ def whole(length, rows=2, offset=0):
 
 
 def plan(method, segments, layout, tile=None, **more):
-    made = Plan(method.spans(ROPE) if method else plain(), segments, layout, INV_FREQ, **more)
-    if tile:
-        for segment in segments:
-            made.memo["schedule", segment] = make_schedule(segment, made.spans, tile)
-    return made
+    return Plan(method.spans(ROPE) if method else plain(), segments, layout, INV_FREQ, tile=tile, **more)
 
 
 LAYOUTS = [RotaryLayout(WIDTH), RotaryLayout(WIDTH, interleaved=True), RotaryLayout(WIDTH, start=8)]

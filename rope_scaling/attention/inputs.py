@@ -19,7 +19,7 @@ def schedule_of(plan: Plan, segment: Segment) -> Schedule:
     """The kernel calls of a segment, made once for all layers that share the plan."""
     key = ("schedule", segment)
     if key not in plan.memo:
-        plan.memo[key] = make_schedule(segment, plan.spans)
+        plan.memo[key] = make_schedule(segment, plan.spans, plan.tile)
     return plan.memo[key]
 
 

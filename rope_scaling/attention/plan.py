@@ -110,6 +110,8 @@ class Plan:
     """Whether the model has turned queries and keys already; if not, they are turned from zero."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where rotations are computed; it must have float64."""
+    tile: int | None = None
+    """Queries of a tile of the CPU engine; by default what suits the spans."""
     memo: dict[object, Any] = field(default_factory=dict)
 
     def query_rotation(self, segment: Segment, span: Span) -> Rotation | None:

@@ -104,8 +104,7 @@ def test_spans_turned_one_from_another_leave_what_they_were_given(name, windows_
     q, k, v = tensors(400, dtype=torch.float32)
     inputs = by_model(q, LAYOUTS[0]), by_model(k, LAYOUTS[0]), v
     kept = [x.clone() for x in inputs]
-    made = Plan(spans, whole(400), LAYOUTS[0], INV_FREQ)
-    made.memo["schedule", made.segments[0]] = make_schedule(made.segments[0], spans, 96)
+    made = Plan(spans, whole(400), LAYOUTS[0], INV_FREQ, tile=96)
     wanted = reference_attention(*inputs, made, 0.3)
     for _ in range(2):
         assert torch.allclose(tiled_attention(*inputs, made, 0.3), wanted, atol=1e-5)
