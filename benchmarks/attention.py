@@ -35,8 +35,9 @@ from rope_scaling import (
     WavePrune,
     default_inv_freq,
 )
-from rope_scaling.attention.plan import Plan, Segment, turn
-from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.rotation import RotaryLayout
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.hf.dtype import is_fast
 from rope_scaling.spans import Rope

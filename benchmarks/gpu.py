@@ -41,8 +41,9 @@ from rope_scaling import (
     default_inv_freq,
 )
 from rope_scaling.attention.kernels import Kernels, choose_kernels
-from rope_scaling.attention.plan import Plan, Segment
-from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.rotation import RotaryLayout
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.whole_spans import whole_span_attention
 from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loading import load_model

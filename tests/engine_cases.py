@@ -19,8 +19,9 @@ from rope_scaling import (
     WavePrune,
     default_inv_freq,
 )
-from rope_scaling.attention.plan import Plan, Segment
-from rope_scaling.attention.rotary import RotaryLayout, Rotation
+from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.rotation import RotaryLayout, Rotation
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.spans import Rope, plain
 
 

@@ -1,6 +1,6 @@
 """Cutting the spans of a segment into few large kernel calls, for devices where a call is expensive and memory is not.
 
-The CPU engine cuts into tiles that fit a cache (`schedule.py`). Here blocks are as large as they come, and equal
+The CPU engine cuts into tiles that fit a cache (`tiling.py`). Here blocks are as large as they come, and equal
 blocks at equal steps, such as the chunks of a window or of dual chunk attention, become the batch of one call.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rope_scaling.attention.plan import Segment
-from rope_scaling.attention.schedule import runs
+from rope_scaling.attention.sequences import Segment
+from rope_scaling.attention.tiling import runs
 from rope_scaling.spans import Span
 
 

@@ -1,17 +1,26 @@
-"""Attention from spans through FlexAttention: one block mask a span, and the same exact merge. For CUDA.
+"""Attention from spans through FlexAttention: one block mask per span, and the same exact merge. For CUDA.
 
-Everything is differentiable as it stands, the log-sum-exp included, so there is no backward pass of our own.
+It computes what the stock kernels do not (soft-capped scores, values of another width than keys), and is what a
+compiler takes whole. What depends on the positions of a call (bounds of the spans, rotations, temperatures) is then
+computed outside of the graph, by one operator. Everything is differentiable as it stands, the log-sum-exp included.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.rotation import RotaryLayout, Rotation
+from rope_scaling.spans import Span
+
+
+_BLOCK = 128
+"""Queries and keys of a block of a mask."""
 
 
 def flex_span_attention(
@@ -126,10 +135,140 @@ def _block_mask(plan: Plan, index: int, query: torch.Tensor, key: torch.Tensor) 
             low, high = segment.bounds(plan.spans[index])
             first[segment.rows, segment.queries] = low + segment.keys.start
             last[segment.rows, segment.queries] = high + segment.keys.start
-        low, high = first.to(query.device), last.to(query.device)
+        plan.memo[name] = block_mask(first.to(query.device), last.to(query.device), key.shape[2])
+    return plan.memo[name]  # type: ignore[no-any-return]
 
-        def seen(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return (k >= low[row, q]) & (k <= high[row, q])
 
-        plan.memo[name] = create_block_mask(seen, rows, None, length, key.shape[2], device=query.device.type)
-    return plan.memo[name]
+def block_mask(first: torch.Tensor, last: torch.Tensor, keys: int) -> BlockMask:
+    """The keys between two bounds of every query, from the bounds alone: no table of queries and keys is made.
+
+    Args:
+        first (`torch.Tensor`): First key that a query sees, `[B, T]`, int64.
+        last (`torch.Tensor`): Last one; before the first for queries that see none.
+        keys (`int`): Keys there are, `S`.
+    """
+    length = first.shape[1]
+    padding = -length % _BLOCK
+    low = torch.nn.functional.pad(first, (0, padding), value=1).unflatten(1, (-1, _BLOCK))
+    high = torch.nn.functional.pad(last, (0, padding), value=0).unflatten(1, (-1, _BLOCK))
+    sees = low <= high
+    begin = torch.arange(0, keys, _BLOCK, device=first.device)
+    end = (begin + _BLOCK - 1).clamp(max=keys - 1)
+    nearest = torch.where(sees, high, -1).amax(-1, keepdim=True)
+    farthest = torch.where(sees, low, keys).amin(-1, keepdim=True)
+    touched = (end >= farthest) & (begin <= nearest)  # [B, blocks of queries, blocks of keys]
+    whole = (begin >= low.amax(-1, keepdim=True)) & (begin + _BLOCK - 1 <= high.amin(-1, keepdim=True))
+    whole &= sees.all(-1, keepdim=True)
+    kinds = [_block_list(touched & ~whole), _block_list(touched & whole)]
+
+    def seen(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k >= first[row, q]) & (k <= last[row, q])
+
+    return BlockMask.from_kv_blocks(*kinds[0], *kinds[1], BLOCK_SIZE=_BLOCK, mask_mod=seen, seq_lengths=(length, keys))
+
+
+def _block_list(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of keys are chosen for every block of queries, and which come first; `[B, 1, ...]`, int32."""
+    order = torch.argsort((~chosen).int(), dim=-1, stable=True)
+    return chosen.sum(-1).int()[:, None], order.int()[:, None].contiguous()
+
+
+def tables(plan: Plan, rows: int, length: int, keys: int) -> tuple[torch.Tensor, ...]:
+    """A plan as tensors of fixed shape, on the CPU.
+
+    Returns:
+        `tuple`: first and last key of every query, `[spans, 2, rows, length]` (int64; the last before the first for
+        queries of no segment); gain times cosine and sine of what turns queries, `[spans, 2, rows, length, R / 2]`,
+        and keys, `[spans, 2, rows, keys, R / 2]` (float32); the queries' temperature, `[rows, length]` (float32).
+    """
+    spans, pairs = len(plan.spans), len(plan.inv_freq)
+    bounds = torch.zeros(spans, 2, rows, length, dtype=torch.long)
+    bounds[:, 0] = 1
+    of_queries, of_keys = _no_turn(spans, rows, length, pairs), _no_turn(spans, rows, keys, pairs)
+    gains = torch.ones(rows, length)
+    for segment in plan.segments:
+        for index, span in enumerate(plan.spans):
+            for end, values in enumerate(segment.bounds(span)):
+                bounds[index, end, segment.rows, segment.queries] = values + segment.keys.start
+            _fill(of_queries[index, :, segment.rows, segment.queries], plan.query_rotation(segment, span))
+            _fill(of_keys[index, :, segment.rows, segment.keys], plan.key_rotation(segment, span))
+        gain = plan.query_gain(segment)
+        if gain is not None:
+            gains[segment.rows, segment.queries] = gain.float()
+    return bounds, of_queries, of_keys, gains
+
+
+def shapes(spans: int, pairs: int, rows: int, length: int, keys: int) -> list[tuple[list[int], torch.dtype]]:
+    """Shapes and dtypes of what `tables` gives."""
+    return [
+        ([spans, 2, rows, length], torch.long),
+        ([spans, 2, rows, length, pairs], torch.float32),
+        ([spans, 2, rows, keys, pairs], torch.float32),
+        ([rows, length], torch.float32),
+    ]
+
+
+def _no_turn(spans: int, rows: int, length: int, pairs: int) -> torch.Tensor:
+    turns = torch.zeros(spans, 2, rows, length, pairs)
+    turns[:, 0] = 1
+    return turns
+
+
+def _fill(into: torch.Tensor, rotation: Rotation | None) -> None:
+    if rotation is not None:
+        high = rotation.low + rotation.cos.shape[-1]
+        into[0, ..., rotation.low : high], into[1, ..., rotation.low : high] = rotation.cos, rotation.sin
+
+
+@dataclass(frozen=True, eq=False)
+class TracedSpans:
+    """The spans of layers that attend alike, in one call, as a graph holds them."""
+
+    spans: list[Span]
+    layout: RotaryLayout
+    has_temperature: bool
+    block_masks: list[BlockMask]
+    queries: torch.Tensor
+    keys: torch.Tensor
+    gains: torch.Tensor
+
+    @staticmethod
+    def made(
+        spans: list[Span], layout: RotaryLayout, has_temperature: bool, found: tuple[torch.Tensor, ...]
+    ) -> TracedSpans:
+        """From the tensors that `tables` gave, on the device of the model."""
+        bounds, queries, keys, gains = found
+        masks = [block_mask(low, high, keys.shape[3]) for low, high in (bounds[index] for index in range(len(spans)))]
+        return TracedSpans(spans, layout, has_temperature, masks, queries, keys, gains)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `flex_span_attention`, `[B, H, T, dv]`."""
+        if self.has_temperature:
+            query = (query * self.gains[:, None, :, None]).to(query.dtype)
+        parts = []
+        for index, span in enumerate(self.spans):
+            turns_query = span.query is not None or span.amplitude is not None
+            q = turn_by(query, self.queries[index], self.layout) if turns_query else query
+            k = turn_by(key, self.keys[index], self.layout) if span.key is not None else key
+            parts.append(one_span(q, k, value, self.block_masks[index], scaling, softcap))
+        return merged(parts, sinks).to(query.dtype)
+
+
+def turn_by(x: torch.Tensor, turns: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+    """`x` (`[B, H, T, d]`) turned by gain times cosine and sine of rows, positions and pairs, `[2, B, T, R / 2]`."""
+    cos, sin = turns[0][:, None], turns[1][:, None]
+    one, two = (pair.to(torch.promote_types(x.dtype, cos.dtype)) for pair in layout.pairs(x, 0, cos.shape[-1]))
+    one, two = one * cos - two * sin, two * cos + one * sin
+    if layout.backward:
+        one, two = two, one
+    turned = torch.stack([one, two], -1).flatten(-2) if layout.interleaved else torch.cat([one, two], -1)
+    end = layout.start + layout.rotary_dim
+    return torch.cat([x[..., : layout.start], turned.to(x.dtype), x[..., end:]], -1)

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from rope_scaling.attention.rotary import RotaryLayout, Rotation
+from rope_scaling.attention.rotation import RotaryLayout, Rotation
 
 
 try:

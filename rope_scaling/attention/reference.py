@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rope_scaling.attention.plan import Plan, Segment, turn
+from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.sequences import Segment
 
 
 def reference_attention(

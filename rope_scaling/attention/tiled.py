@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from rope_scaling.attention.gradients import segment_backward
-from rope_scaling.attention.inputs import Inputs, TurnedKeys, band_mask, schedule_of, wide
 from rope_scaling.attention.plan import Plan
-from rope_scaling.attention.schedule import Piece
+from rope_scaling.attention.rotated_inputs import Inputs, TurnedKeys, band_mask, schedule_of, wide
+from rope_scaling.attention.tiled_backward import segment_backward
+from rope_scaling.attention.tiling import Piece
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

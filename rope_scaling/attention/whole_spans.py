@@ -18,8 +18,9 @@ import torch
 from rope_scaling.attention.blocks import Block, make_blocks
 from rope_scaling.attention.fused import add_rotated_, merge_, reverse_tokens, rotate
 from rope_scaling.attention.kernels import Kernels
-from rope_scaling.attention.plan import Plan, Segment
-from rope_scaling.attention.rotary import Rotation
+from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.rotation import Rotation
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.spans import Span
 
 

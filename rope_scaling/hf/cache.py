@@ -11,10 +11,10 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rope_scaling.attention.fused import rotate
-from rope_scaling.attention.plan import KeyPositions, Plan, Segment
-from rope_scaling.attention.rows import KeyStore
+from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.sequences import KeyPositions, KeyStore, Segment
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.program import level_of_the_caller
+from rope_scaling.hf.layer_spans import level_of_the_caller
 from rope_scaling.spans import Span
 
 

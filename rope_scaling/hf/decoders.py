@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.attention.rotation import RotaryLayout
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.both_ways import WindowProgram, window_program
 from rope_scaling.hf.extend import closed_form
+from rope_scaling.hf.layer_spans import Layer, SpanProgram
 from rope_scaling.hf.pretrained import Pretrained, factor_of, host_frequencies, layer_configs, windows_of
 from rope_scaling.hf.probe import look_at
-from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.resolve import Resolved
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.spans import Rope

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.layer_spans import level_of_the_caller
 from rope_scaling.hf.pretrained import layer_configs, windows_of
 from rope_scaling.hf.probe import rotating_layers
-from rope_scaling.hf.program import level_of_the_caller
 from rope_scaling.hf.rotary import Slot
 
 

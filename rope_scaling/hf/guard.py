@@ -23,8 +23,8 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
 from rope_scaling.hf.host import caches_of
+from rope_scaling.hf.layer_spans import SpanProgram
 from rope_scaling.hf.pretrained import RECORD_KEY
-from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.rotary import Slot, is_pinned
 
 

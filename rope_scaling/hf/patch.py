@@ -21,6 +21,7 @@ from rope_scaling.hf.decoders import make_programs
 from rope_scaling.hf.effect import check_felt, warn_of_windows
 from rope_scaling.hf.extend import Extension, as_it_arrived, extend, matches, target_length
 from rope_scaling.hf.guard import Guard, guard, unguard
+from rope_scaling.hf.layer_spans import SpanProgram
 from rope_scaling.hf.loud import fail_in_plain_transformers
 from rope_scaling.hf.pretrained import (
     RECORD_KEY,
@@ -30,7 +31,6 @@ from rope_scaling.hf.pretrained import (
     pretrained_settings,
     read_pretrained,
 )
-from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record, make_record, method_from_record
 from rope_scaling.hf.reference_models import watch_trainers
 from rope_scaling.hf.resolve import NamedMethod, Resolved, choose_slots, resolve_methods, resolved

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rope_scaling.attention.rotary import RotaryLayout, Rotation
+from rope_scaling.attention.rotation import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
 from rope_scaling.hf.pretrained import host_frequencies

@@ -21,6 +21,7 @@ from engine_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from rope_scaling import (
     LogN,
@@ -28,12 +29,13 @@ from rope_scaling import (
     Span,
     relative_positions,
 )
-from rope_scaling.attention.flex import flex_span_attention
-from rope_scaling.attention.plan import Plan, Segment
+from rope_scaling.attention.flex import block_mask, flex_span_attention
+from rope_scaling.attention.plan import Plan
 from rope_scaling.attention.reference import reference_attention
-from rope_scaling.attention.rotary import RotaryLayout
-from rope_scaling.attention.schedule import make_schedule
+from rope_scaling.attention.rotation import RotaryLayout
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.tiled import tiled_attention
+from rope_scaling.attention.tiling import make_schedule
 from rope_scaling.spans import compose
 
 
@@ -229,3 +231,26 @@ def test_tensors_that_are_not_contiguous(name):
         torch.autograd.grad(found.sum(), loose), torch.autograd.grad(wanted.sum(), tight), strict=True
     ):
         assert torch.allclose(one, other, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 700), st.integers(0, 300), st.integers(1, 400), st.integers(0, 2**16))
+def test_block_masks_from_bounds_are_those_that_are_tried_key_by_key(length, past, window, seed):
+    """Which blocks are whole, which are cut, which are not touched; queries that see nothing included."""
+    last = torch.arange(past, past + length).expand(2, -1).clone()
+    first = (last - window + 1).clamp(min=0)
+    generator = torch.Generator().manual_seed(seed)
+    nothing = torch.rand(2, length, generator=generator) < 0.1
+    first[nothing], last[nothing] = 1, 0
+    keys = past + length
+    found = block_mask(first, last, keys)
+    wanted = create_block_mask(found.mask_mod, 2, None, length, keys, device="cpu")
+    for kind in ("kv", "full_kv"):
+        numbers, lists = (
+            [getattr(mask, f"{kind}_{name}") for mask in (found, wanted)] for name in ("num_blocks", "indices")
+        )
+        assert torch.equal(*numbers)
+        for row, (ours, theirs) in enumerate(zip(*(x.flatten(0, -2) for x in lists), strict=True)):
+            count = numbers[0].flatten()[row]
+            assert set(ours[:count].tolist()) == set(theirs[:count].tolist())
+    assert torch.equal(found.to_dense(), wanted.to_dense())

@@ -16,7 +16,7 @@ from engine_cases import LAYOUTS, METHODS, by_model, plan, tensors, whole
 from rope_scaling.attention import fused, kernels
 from rope_scaling.attention.kernels import CuDnn, Efficient, Flash, Kernel, Kernels, choose_kernels
 from rope_scaling.attention.reference import reference_attention
-from rope_scaling.attention.rotary import RotaryLayout, Rotation
+from rope_scaling.attention.rotation import RotaryLayout, Rotation
 from rope_scaling.attention.whole_spans import whole_span_attention
 
 

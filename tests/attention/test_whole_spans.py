@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from rope_scaling import LogN, SlidingWindow
 from rope_scaling.attention import blocks, kernels
 from rope_scaling.attention.blocks import make_blocks
-from rope_scaling.attention.plan import Segment
 from rope_scaling.attention.reference import reference_attention
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.whole_spans import whole_span_attention
 from rope_scaling.spans import Span
 

@@ -10,14 +10,14 @@ from transformers import DynamicCache, StaticCache
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.hf import traced
+from rope_scaling.hf import compiled
 from rope_scaling.hf.host import CACHE_NAME
 
 
 @pytest.fixture
 def whole(monkeypatch):
     """Compiles a model as on a GPU, and refuses any graph break."""
-    monkeypatch.setattr(traced, "TRACED_DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(compiled, "TRACED_DEVICES", {"cpu", "cuda"})
     torch._dynamo.reset()
     return lambda model, backend="eager": torch.compile(model, fullgraph=True, backend=backend)
 

@@ -27,7 +27,7 @@ from rope_scaling import (
     Streaming,
     Yarn,
 )
-from rope_scaling.attention.rows import read_documents
+from rope_scaling.attention.sequences import read_documents
 from rope_scaling.hf.attention import CALL, NAME, Call, installed
 from rope_scaling.hf.host import CACHE_NAME
 from rope_scaling.hf.loud import MESSAGE

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import torch
 
-from rope_scaling.attention.plan import KeyPositions, Segment
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.spans import Span
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,88 @@ class KeyStore:
     offset: int = 0
     head: int = 0
     gap: int = 0
+
+
+@dataclass(frozen=True)
+class KeyPositions:
+    """The positions of a segment's keys: consecutive, but for one gap where a cache has forgotten some."""
+
+    first: int
+    count: int
+    """Keys there are."""
+    head: int | None = None
+    """Keys before the gap; `None` for no gap."""
+    gap: int = 0
+    """Positions left out after the head."""
+
+    @property
+    def last(self) -> int:
+        """The last position."""
+        return self.first + self.count - 1 + self.gap
+
+    def part(self, begin: int, end: int, device: torch.device) -> torch.Tensor:
+        """Positions of the keys `begin .. end - 1`, int64, made on a device."""
+        positions = torch.arange(self.first + begin, self.first + end, device=device)
+        return positions if self.head is None else positions + self.gap * (positions >= self.first + self.head)
+
+    def indices(self, first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of the first key at `first` or later, and of the last at `last` or earlier."""
+        first, last = first - self.first, last - self.first
+        if self.head is not None:
+            first = torch.where(first < self.head, first, (first - self.gap).clamp(min=self.head))
+            last = torch.where(last < self.head, last, (last - self.gap).clamp(min=self.head - 1))
+        return first.clamp(min=0), last.clamp(max=self.count - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One document of a batch row, or of several rows whose positions agree."""
+
+    rows: slice
+    """Rows of the batch."""
+    queries: slice
+    """Queries of the call."""
+    keys: slice
+    """Keys that these queries may see, of the tensor that attention gets."""
+    positions: torch.Tensor
+    """Position of every query in its document, `[T]`, int64, ascending, on the CPU."""
+    key_positions: torch.Tensor | KeyPositions
+    """The same for every key, `[S]`."""
+    offset: int = 0
+    """What the model added to these positions when it turned queries and keys."""
+
+    def __post_init__(self) -> None:
+        given = self.key_positions
+        if isinstance(given, torch.Tensor) and int(given[-1]) - int(given[0]) + 1 == len(given):
+            object.__setattr__(self, "key_positions", KeyPositions(int(given[0]), len(given)))
+
+    @property
+    def num_keys(self) -> int:
+        """Keys there are, `S`."""
+        return self.key_positions.count if isinstance(self.key_positions, KeyPositions) else len(self.key_positions)
+
+    def query_part(self, begin: int, end: int, device: torch.device) -> torch.Tensor:
+        """Positions of the queries `begin .. end - 1`, on a device; made there where they are consecutive."""
+        part = self.positions[begin:end]
+        if device.type == "cpu" or not len(part):
+            return part.to(device)
+        first, last = int(part[0]), int(part[-1])
+        return torch.arange(first, last + 1, device=device) if last - first + 1 == len(part) else part.to(device)
+
+    def key_part(self, begin: int, end: int, device: torch.device) -> torch.Tensor:
+        """The same for keys."""
+        keys = self.key_positions
+        return keys.part(begin, end, device) if isinstance(keys, KeyPositions) else keys[begin:end].to(device)
+
+    def bounds(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last key that every query sees under a span, as indices into `keys`, `[T]` each."""
+        first, last = span.first(self.positions), span.last(self.positions)
+        if isinstance(self.key_positions, KeyPositions):
+            return self.key_positions.indices(first, last)
+        return (
+            torch.searchsorted(self.key_positions, first),
+            torch.searchsorted(self.key_positions, last, right=True) - 1,
+        )
 
 
 def read_documents(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from rope_scaling.attention.flex import TracedSpans, shapes, tables
 from rope_scaling.attention.plan import Plan
-from rope_scaling.attention.rows import KeyStore, read_documents, segment
-from rope_scaling.attention.traced import TracedSpans, shapes, tables
+from rope_scaling.attention.sequences import KeyStore, read_documents, segment
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.program import PROGRAMS, SpanProgram
+from rope_scaling.hf.layer_spans import PROGRAMS, SpanProgram
 
 
 TRACED_DEVICES = {"cuda"}
@@ -83,7 +83,7 @@ def trace(
         sizes = (len(kind.spans), len(kind.inv_freq), keys, offset)
         found = _tables(inputs, position_ids, mask, seen, cached, cache is not None, program.number, index, *sizes)
         has_temperature = kind.temperature is not None
-        kinds.append(TracedSpans.made(kind.spans, kind.layout, has_temperature, found, inputs.device.type))
+        kinds.append(TracedSpans.made(kind.spans, kind.layout, has_temperature, found))
     return TracedCall(kinds, [names.index(name) for name in program.kind_of])
 
 

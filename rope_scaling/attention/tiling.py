@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from rope_scaling.attention.plan import Segment
+from rope_scaling.attention.sequences import Segment
 from rope_scaling.spans import Angles, Span
 
 

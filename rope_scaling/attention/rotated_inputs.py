@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from rope_scaling.attention.plan import Plan, Segment, turn
-from rope_scaling.attention.schedule import Schedule, make_schedule
+from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.sequences import Segment
+from rope_scaling.attention.tiling import Schedule, make_schedule
 from rope_scaling.spans import Span
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from rope_scaling.attention.inputs import Inputs, band_mask, schedule_of, wide
 from rope_scaling.attention.plan import turn
-from rope_scaling.attention.schedule import Piece
+from rope_scaling.attention.rotated_inputs import Inputs, band_mask, schedule_of, wide
+from rope_scaling.attention.tiling import Piece
 from rope_scaling.spans import Span
 
 

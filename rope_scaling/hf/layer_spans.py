@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from rope_scaling.attention.rotary import RotaryLayout
+from rope_scaling.attention.rotation import RotaryLayout
 from rope_scaling.spans import Rope, Span, SpanMethod, compose, plain
 from rope_scaling.spans.base import check_spans, same_chunk, within
 from rope_scaling.temperatures import Temperature
