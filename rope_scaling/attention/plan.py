@@ -25,8 +25,6 @@ class Plan:
     """Frequencies that the model turned queries and keys with, `[R / 2]`, float32, on the CPU."""
     temperature: Callable[[torch.Tensor], torch.Tensor] | None = None
     """From positions to what the query is multiplied with."""
-    turned: bool = True
-    """Whether the model has turned queries and keys already; if not, they are turned from zero."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where rotations are computed; it must have float64."""
     tile: int | None = None
@@ -101,8 +99,6 @@ class Plan:
     ) -> Rotation | None:
         def difference(begin: int, end: int) -> torch.Tensor:
             its = part(first + begin, first + end, self.device)
-            if not self.turned:
-                return its.double()[:, None] * self.inv_freq.double() if angles is None else angles(its)
             # What the model did is taken off in float64.
             return self._angles(angles, its, segment.offset) - self._angles(None, its, segment.offset)
 

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from rope_scaling.attention.blockwise import blockwise_attention
 from rope_scaling.attention.flex import flex_span_attention
 from rope_scaling.attention.kernels import choose_kernels
 from rope_scaling.attention.plan import Plan
-from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.sequences import Document, KeyStore, read_documents, segment
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.attention.whole_spans import whole_span_attention
@@ -44,8 +44,6 @@ _KEPT_TURNED = 64
 attention itself."""
 _FEW = 16
 """Calls of up to this many tokens go through all scores at once on a GPU: they are few."""
-_BLOCK = 256
-"""Queries at a time where no fused kernel serves (dropout, soft-capping, devices without one)."""
 
 
 class Call:
@@ -98,8 +96,8 @@ class Call:
         if engine is None:
             if query.device.type == "cuda" and not dropout and self.length > _FEW:
                 return flex_span_attention(query, key, value, plan, scaling, softcap=softcap, sinks=sinks)
-            more: dict[str, Any] = {"dropout": dropout, "softcap": softcap, "sinks": sinks, "block_size": _BLOCK}
-            return reference_attention(query, key, value, plan, scaling, **more)
+            options: dict[str, Any] = {"dropout": dropout, "softcap": softcap, "sinks": sinks}
+            return blockwise_attention(query, key, value, plan, scaling, **options)
         kept = self._kept(layer, query)
         if kept is None:
             return engine(query, key, value, plan, scaling, sinks=sinks)

@@ -29,6 +29,7 @@ from rope_scaling import (
     Span,
     relative_positions,
 )
+from rope_scaling.attention.blockwise import blockwise_attention
 from rope_scaling.attention.flex import block_mask, flex_span_attention
 from rope_scaling.attention.plan import Plan
 from rope_scaling.attention.reference import reference_attention
@@ -67,7 +68,11 @@ def test_the_law_is_the_definition(name, layout):
     scores = even + odd + q[..., still] @ k[..., still].transpose(-1, -2)
     wanted = torch.softmax((scores * 0.3).masked_fill(~seen, -math.inf), -1) @ v
     (segment,) = whole(length, rows=1)
-    found = reference_attention(*tensors(length, rows=1), plan(method, [segment], layout, turned=False), 0.3)
+    # A model that rotates nothing: what it would have done is the span's.
+    own = ROPE.positions(lambda positions: positions)
+    spans = [replace(span, query=span.query or own, key=span.key or own) for span in method.spans(ROPE)]
+    made = Plan(spans, [segment], layout, torch.zeros_like(INV_FREQ))
+    found = reference_attention(*tensors(length, rows=1), made, 0.3)
     assert torch.allclose(found, wanted, atol=1e-6)  # frequencies are float32
 
 
@@ -173,14 +178,37 @@ def test_rows_apart_and_rows_outside():
     assert (found[1] == 0).all() and (found[0, :, 100:] == 0).all() and (found[2, :, :70] == 0).all()
 
 
-def test_what_no_kernel_does():
+@pytest.mark.parametrize("name", [*METHODS, "plain"])
+@pytest.mark.parametrize("length", [1, 90, 300])
+def test_blockwise_is_the_reference(name, length):
+    q, k, v = tensors(length)
+    more = {"temperature": lambda m: LogN().scale(m, L0)} if name == "rerope" else {}
+    made = plan(METHODS.get(name), whole(length), LAYOUTS[1], **more)
+    for options in ({"softcap": 2.0}, {"sinks": torch.randn(4, dtype=torch.float64)}, {}):
+        found = blockwise_attention(q, k, v[..., :7], made, 0.3, **options)
+        assert torch.allclose(found, reference_attention(q, k, v[..., :7], made, 0.3, **options), atol=1e-12)
+    capped = blockwise_attention(q, k, v[..., :7], made, 0.3, softcap=2.0)
+    assert length == 1 or not torch.allclose(found, capped, atol=1e-3)
+
+
+def test_blockwise_gradients_and_rows_outside():
+    q, k, v = (x.requires_grad_() for x in tensors(300, rows=3))
+    positions = torch.arange(260)
+    segments = [Segment(slice(row, row + 1), slice(0, 260), slice(0, 260), positions, positions) for row in (0, 2)]
+    made, weights = plan(METHODS["rerope"], segments, LAYOUTS[0]), torch.randn(q.shape, dtype=q.dtype)
+    found, wanted = (
+        torch.autograd.grad(attend(q, k, v, made, 0.3, softcap=2.0), [q, k, v], weights)
+        for attend in (blockwise_attention, reference_attention)
+    )
+    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, wanted, strict=True))
+    assert (blockwise_attention(q, k, v, made, 0.3)[1] == 0).all()
+
+
+def test_dropout_keeps_the_mean():
     q, k, v = tensors(90)
     made = plan(METHODS["rerope"], whole(90), LAYOUTS[0])
-    soft = reference_attention(q, k, v, made, 0.3, softcap=2.0)
-    assert torch.allclose(soft, reference_attention(q, k, v, made, 0.3, softcap=2.0, block_size=17), atol=1e-12)
-    assert not torch.allclose(soft, reference_attention(q, k, v, made, 0.3), atol=1e-3)
     torch.manual_seed(0)
-    dropped = torch.stack([reference_attention(q, k, v, made, 0.3, dropout=0.2) for _ in range(400)])
+    dropped = torch.stack([blockwise_attention(q, k, v, made, 0.3, dropout=0.2) for _ in range(400)])
     assert (dropped[0] - dropped[1]).abs().max() > 0.1
     assert torch.allclose(dropped.mean(0), reference_attention(q, k, v, made, 0.3), atol=0.2)
 

@@ -27,6 +27,7 @@ from rope_scaling import (
     Streaming,
     Yarn,
 )
+from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.sequences import read_documents
 from rope_scaling.hf.attention import CALL, NAME, Call, installed
 from rope_scaling.hf.host import CACHE_NAME
@@ -139,12 +140,10 @@ def grads(model, ids):
 def test_gradients_through_checkpointing_autocast_and_packing(case, monkeypatch):
     model, ids = apply(strong("llama"), case).train(), token_ids(150, rows=2)
     ours = grads(model, ids)
-    from rope_scaling.hf import attention
-
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "tiled_attention", attention.reference_attention)
-        law = grads(model, ids)
-    assert all(close(ours[name], law[name]) for name in law) and len(ours) == len(law)
+        patch.setattr("rope_scaling.hf.attention.tiled_attention", reference_attention)
+        wanted = grads(model, ids)
+    assert all(close(ours[name], wanted[name]) for name in wanted) and len(ours) == len(wanted)
     model.gradient_checkpointing_enable()
     assert all(close(found, ours[name], 1e-6) for name, found in grads(model, ids).items())
     model.gradient_checkpointing_disable()
