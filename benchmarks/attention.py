@@ -35,7 +35,7 @@ from rope_scaling import (
     WavePrune,
     default_inv_freq,
 )
-from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.plan import Plan, apply_rotation
 from rope_scaling.attention.rotation import RotaryLayout
 from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.tiled import tiled_attention
@@ -73,7 +73,7 @@ def tensors(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def ours(name: str, length: int) -> Callable[..., torch.Tensor]:
-    """Attention of one method; positions, schedule and turns are worked out at the first call, as in a model."""
+    """Attention of one method; positions, schedule and rotations are worked out at the first call, as in a model."""
     positions = torch.arange(length)
     segment = Segment(slice(0, 1), slice(0, length), slice(0, length), positions, positions)
     spans = METHODS[name].spans(Rope(GEOMETRY, INV_FREQ.double(), 8192))
@@ -103,8 +103,8 @@ def two_score_matrices(length: int) -> Callable[..., torch.Tensor]:
     distance = positions[:, None] - positions
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        far_q = turn(q, plan.query_rotation(segment, far), LAYOUT)
-        far_k = turn(k, plan.key_rotation(segment, far), LAYOUT).repeat_interleave(3, 1)
+        far_q = apply_rotation(q, plan.query_rotation(segment, far), LAYOUT)
+        far_k = apply_rotation(k, plan.key_rotation(segment, far), LAYOUT).repeat_interleave(3, 1)
         k, v = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
         scores = torch.where(distance < 4096, q @ k.transpose(-1, -2), far_q @ far_k.transpose(-1, -2)) * SCALE
         scores = scores.masked_fill(distance < 0, -torch.inf)

@@ -52,7 +52,7 @@ def tensors(length, head_dim=24, rows=2, heads=4, groups=2, dtype=torch.float64)
 
 
 def by_model(x, layout, offset=0):
-    """Turned as a model turns it, in float32 angles."""
+    """Rotated as a model rotates it, in float32 angles."""
     positions = torch.arange(x.shape[2]) + offset
     rotation = Rotation.by((positions.float()[:, None] * INV_FREQ).double())
     return x if rotation is None else rotation.apply(x, layout)

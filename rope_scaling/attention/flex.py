@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.plan import Plan, apply_rotation
 from rope_scaling.attention.rotation import RotaryLayout, Rotation
 from rope_scaling.spans import Span
 
@@ -39,7 +39,7 @@ def flex_span_attention(
         query (`torch.Tensor`): `[B, H, T, d]`.
         key (`torch.Tensor`): `[B, Hk, S, d]`, `H` a multiple of `Hk`.
         value (`torch.Tensor`): `[B, Hk, S, dv]`.
-        plan (`Plan`): Spans, positions and turns.
+        plan (`Plan`): Spans, positions and rotations.
         scaling (`float`): Multiplier of scores.
         softcap (`float`, *optional*): Scores `s` become `c tanh(s / c)`.
         sinks (`torch.Tensor`, *optional*): A learned score for every head that takes part in the softmax, `[H]`.
@@ -49,8 +49,8 @@ def flex_span_attention(
     """
     parts = []
     for index, span in enumerate(plan.spans):
-        turned = _turned(query, plan, span, True), _turned(key, plan, span, False)
-        parts.append(one_span(*turned, value, _block_mask(plan, index, query, key), scaling, softcap))
+        rotated = _rotated(query, plan, span, True), _rotated(key, plan, span, False)
+        parts.append(one_span(*rotated, value, _block_mask(plan, index, query, key), scaling, softcap))
     return merged(parts, sinks).to(query.dtype)
 
 
@@ -62,7 +62,7 @@ def one_span(
     scaling: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of the keys of one span, turned already."""
+    """Output and log-sum-exp of the keys of one span, rotated already."""
     out, aux = _kernel(query.device.type)(
         query,
         key,
@@ -105,23 +105,23 @@ def _soft_capped(softcap: float) -> Any:
     return score_mod
 
 
-def _turned(x: torch.Tensor, plan: Plan, span: Any, is_query: bool) -> torch.Tensor:
+def _rotated(x: torch.Tensor, plan: Plan, span: Any, is_query: bool) -> torch.Tensor:
     """Queries or keys of all segments at the angles of a span."""
     if is_query and plan.temperature is None and span.query is None and span.amplitude is None:
         return x
     if not is_query and span.key is None:
         return x
-    turned = x.clone()
+    rotated = x.clone()
     for segment in plan.segments:
         where = segment.queries if is_query else segment.keys
         part = x[segment.rows, :, where]
         rotation = plan.query_rotation(segment, span) if is_query else plan.key_rotation(segment, span)
-        part = turn(part, rotation, plan.layout)
+        part = apply_rotation(part, rotation, plan.layout)
         gain = plan.query_gain(segment) if is_query else None
         if gain is not None:
             part = (part * gain[:, None].to(part.device)).to(part.dtype)
-        turned[segment.rows, :, where] = part
-    return turned
+        rotated[segment.rows, :, where] = part
+    return rotated
 
 
 def _block_mask(plan: Plan, index: int, query: torch.Tensor, key: torch.Tensor) -> BlockMask:
@@ -178,13 +178,13 @@ def tables(plan: Plan, rows: int, length: int, keys: int) -> tuple[torch.Tensor,
 
     Returns:
         `tuple`: first and last key of every query, `[spans, 2, rows, length]` (int64; the last before the first for
-        queries of no segment); gain times cosine and sine of what turns queries, `[spans, 2, rows, length, R / 2]`,
+        queries of no segment); gain times cosine and sine of what rotates queries, `[spans, 2, rows, length, R / 2]`,
         and keys, `[spans, 2, rows, keys, R / 2]` (float32); the queries' temperature, `[rows, length]` (float32).
     """
     spans, pairs = len(plan.spans), len(plan.inv_freq)
     bounds = torch.zeros(spans, 2, rows, length, dtype=torch.long)
     bounds[:, 0] = 1
-    of_queries, of_keys = _no_turn(spans, rows, length, pairs), _no_turn(spans, rows, keys, pairs)
+    of_queries, of_keys = _no_rotation(spans, rows, length, pairs), _no_rotation(spans, rows, keys, pairs)
     gains = torch.ones(rows, length)
     for segment in plan.segments:
         for index, span in enumerate(plan.spans):
@@ -208,10 +208,10 @@ def shapes(spans: int, pairs: int, rows: int, length: int, keys: int) -> list[tu
     ]
 
 
-def _no_turn(spans: int, rows: int, length: int, pairs: int) -> torch.Tensor:
-    turns = torch.zeros(spans, 2, rows, length, pairs)
-    turns[:, 0] = 1
-    return turns
+def _no_rotation(spans: int, rows: int, length: int, pairs: int) -> torch.Tensor:
+    rotations = torch.zeros(spans, 2, rows, length, pairs)
+    rotations[:, 0] = 1
+    return rotations
 
 
 def _fill(into: torch.Tensor, rotation: Rotation | None) -> None:
@@ -255,20 +255,20 @@ class TracedSpans:
             query = (query * self.gains[:, None, :, None]).to(query.dtype)
         parts = []
         for index, span in enumerate(self.spans):
-            turns_query = span.query is not None or span.amplitude is not None
-            q = turn_by(query, self.queries[index], self.layout) if turns_query else query
-            k = turn_by(key, self.keys[index], self.layout) if span.key is not None else key
+            rotates_query = span.query is not None or span.amplitude is not None
+            q = rotate_by(query, self.queries[index], self.layout) if rotates_query else query
+            k = rotate_by(key, self.keys[index], self.layout) if span.key is not None else key
             parts.append(one_span(q, k, value, self.block_masks[index], scaling, softcap))
         return merged(parts, sinks).to(query.dtype)
 
 
-def turn_by(x: torch.Tensor, turns: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
-    """`x` (`[B, H, T, d]`) turned by gain times cosine and sine of rows, positions and pairs, `[2, B, T, R / 2]`."""
-    cos, sin = turns[0][:, None], turns[1][:, None]
+def rotate_by(x: torch.Tensor, rotations: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+    """`x` (`[B, H, T, d]`) rotated by gain times cosine and sine of rows, positions and pairs, `[2, B, T, R / 2]`."""
+    cos, sin = rotations[0][:, None], rotations[1][:, None]
     one, two = (pair.to(torch.promote_types(x.dtype, cos.dtype)) for pair in layout.pairs(x, 0, cos.shape[-1]))
     one, two = one * cos - two * sin, two * cos + one * sin
     if layout.backward:
         one, two = two, one
-    turned = torch.stack([one, two], -1).flatten(-2) if layout.interleaved else torch.cat([one, two], -1)
+    rotated = torch.stack([one, two], -1).flatten(-2) if layout.interleaved else torch.cat([one, two], -1)
     end = layout.start + layout.rotary_dim
-    return torch.cat([x[..., : layout.start], turned.to(x.dtype), x[..., end:]], -1)
+    return torch.cat([x[..., : layout.start], rotated.to(x.dtype), x[..., end:]], -1)

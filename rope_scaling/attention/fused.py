@@ -71,8 +71,8 @@ def add_rotated_(
     x = x.flip(2) if is_reversed else x
     for index, (into, block) in enumerate(zip(total, x, strict=True)):
         part = slice(index * step, index * step + x.shape[2])
-        turn = None if rotation is None else rotation.part(part.start, part.stop)
-        into.add_(rotate(block[None].to(total.dtype), turn, layout, None if gain is None else gain[part])[0])
+        rotation_part = None if rotation is None else rotation.part(part.start, part.stop)
+        into.add_(rotate(block[None].to(total.dtype), rotation_part, layout, None if gain is None else gain[part])[0])
 
 
 def reverse_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What one layer's attention has to compute in one call: rows that share positions, their spans, and the turns."""
+"""What one layer's attention has to compute in one call: rows that share positions, their spans, and the rotations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rope_scaling.spans import Span
 
 @dataclass(eq=False)
 class Plan:
-    """Everything about a layer's attention but its tensors; shared by the layers that turn alike."""
+    """Everything about a layer's attention but its tensors; shared by the layers that rotate alike."""
 
     spans: list[Span]
     segments: list[Segment]
     layout: RotaryLayout
     inv_freq: torch.Tensor
-    """Frequencies that the model turned queries and keys with, `[R / 2]`, float32, on the CPU."""
+    """Frequencies that the model rotated queries and keys with, `[R / 2]`, float32, on the CPU."""
     temperature: Callable[[torch.Tensor], torch.Tensor] | None = None
     """From positions to what the query is multiplied with."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -132,6 +132,8 @@ def _identity(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else id(tensor)
 
 
-def turn(x: torch.Tensor, rotation: Rotation | None, layout: RotaryLayout, in_place: bool = False) -> torch.Tensor:
-    """`x` turned, or itself where there is nothing to turn."""
+def apply_rotation(
+    x: torch.Tensor, rotation: Rotation | None, layout: RotaryLayout, in_place: bool = False
+) -> torch.Tensor:
+    """`x` rotated, or itself where there is nothing to rotate."""
     return x if rotation is None else rotation.to(x.device).apply(x, layout, in_place)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.plan import Plan, apply_rotation
 
 
 def reference_attention(
@@ -48,8 +48,8 @@ def reference_attention(
         for span in plan.spans:
             first, last = segment.bounds(span)
             seen = (index >= first[:, None]) & (index <= last[:, None])
-            rotated = turn(q, plan.query_rotation(segment, span), plan.layout)
-            keys = turn(k, plan.key_rotation(segment, span), plan.layout)
+            rotated = apply_rotation(q, plan.query_rotation(segment, span), plan.layout)
+            keys = apply_rotation(k, plan.key_rotation(segment, span), plan.layout)
             span_scores = (rotated @ keys.transpose(-1, -2)).to(wide) * scaling
             if softcap is not None:
                 span_scores = softcap * torch.tanh(span_scores / softcap)

@@ -1,4 +1,4 @@
-"""A segment's tensors as its kernel calls need them: turned for each span, and the masks of bands."""
+"""A segment's tensors as its kernel calls need them: rotated for each span, and the masks of bands."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from rope_scaling.attention.plan import Plan, turn
+from rope_scaling.attention.plan import Plan, apply_rotation
 from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.tiling import Schedule, make_schedule
 from rope_scaling.spans import Span
 
 
-TurnedKeys = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
+RotatedKeySource = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
 """Gives a segment's keys at the angles of a span, all that its queries see there, and the index of the first."""
 
 
@@ -25,7 +25,7 @@ def schedule_of(plan: Plan, segment: Segment) -> Schedule:
 
 
 class Inputs:
-    """A segment's tensors, turned for each span once, or in place from span to span where each differs from the one
+    """A segment's tensors, rotated for each span once, or in place from span to span where each differs from the one
     before it in a few pairs (`Span.after`): of all those, one copy is held."""
 
     def __init__(
@@ -35,19 +35,19 @@ class Inputs:
         value: torch.Tensor,
         plan: Plan,
         segment: Segment,
-        turned_keys: TurnedKeys | None = None,
+        rotated_keys: RotatedKeySource | None = None,
     ):
         self.plan, self.segment = plan, segment
         self.query = query[segment.rows, :, segment.queries]
         self.key = key[segment.rows, :, segment.keys]
         self.value = value[segment.rows, :, segment.keys]
         self.gain = plan.query_gain(segment)
-        self.turned_keys = turned_keys
+        self.rotated_keys = rotated_keys
         self._keys: dict[int, torch.Tensor] = {}
         self._first: dict[int, int] = {}
         self._queries: dict[tuple[int, int], torch.Tensor] = {}
         self._tile = (-1, -1)
-        # What is turned on from in place must be a copy of the model's own, whatever was turned before.
+        # What is rotated on from in place must be a copy of the model's own, whatever was rotated before.
         chained = [span.after for span in plan.spans if span.after is not None]
         self._owned_keys = {id(span.key) for span in chained}
         self._owned_queries = {(id(span.query), id(span.amplitude)) for span in chained}
@@ -59,23 +59,25 @@ class Inputs:
             return self.key[:, :, first:last]
         if id(span.key) not in self._keys:
             reach = schedule_of(plan, self.segment).reach(plan.spans, span.key)
-            if self.turned_keys is not None:
-                turned, self._first[id(span.key)] = self.turned_keys(self.segment, span, self.key)
+            if self.rotated_keys is not None:
+                rotated, self._first[id(span.key)] = self.rotated_keys(self.segment, span, self.key)
             elif span.after is not None and id(span.after.key) in self._keys:
                 step = plan.step(self.segment, span.after, span, of_query=False)
                 before = self._keys.pop(id(span.after.key))[:, :, :reach]
-                turned = turn(before, step.part(0, before.shape[2]) if step else None, plan.layout, in_place=True)
+                rotated = apply_rotation(
+                    before, step.part(0, before.shape[2]) if step else None, plan.layout, in_place=True
+                )
             else:
                 rotation = plan.key_rotation(self.segment, span, 0, reach)
-                turned = turn(self.key[:, :, :reach], rotation, plan.layout)
+                rotated = apply_rotation(self.key[:, :, :reach], rotation, plan.layout)
                 if rotation is None and id(span.key) in self._owned_keys:
-                    turned = turned.clone()
-            self._keys[id(span.key)] = turned
+                    rotated = rotated.clone()
+            self._keys[id(span.key)] = rotated
         start = self._first.get(id(span.key), 0)
         return self._keys[id(span.key)][:, :, first - start : last - start]
 
     def forget(self, begin: int) -> None:
-        """Lets go of turned keys that no tile after the one at `begin` needs, or that it turns anew."""
+        """Lets go of rotated keys that no tile after the one at `begin` needs, or that it rotates anew."""
         if self._owned_keys:
             self._keys = {}
             return
@@ -93,16 +95,16 @@ class Inputs:
         if name not in self._queries and span.after is not None and before in self._queries:
             rotation = self.plan.step(self.segment, span.after, span, of_query=True)
             part = rotation.part(begin, end) if rotation else None
-            self._queries[name] = turn(self._queries.pop(before), part, self.plan.layout, in_place=True)
+            self._queries[name] = apply_rotation(self._queries.pop(before), part, self.plan.layout, in_place=True)
         elif name not in self._queries:
-            turned = self.query[:, :, begin:end]
+            rotated = self.query[:, :, begin:end]
             rotation = self.plan.query_rotation(self.segment, span)
-            turned = turn(turned, rotation.part(begin, end) if rotation else None, self.plan.layout)
+            rotated = apply_rotation(rotated, rotation.part(begin, end) if rotation else None, self.plan.layout)
             if self.gain is not None:
-                turned = (turned * self.gain[begin:end, None].to(turned.device)).to(turned.dtype)
+                rotated = (rotated * self.gain[begin:end, None].to(rotated.device)).to(rotated.dtype)
             elif rotation is None and name in self._owned_queries:
-                turned = turned.clone()
-            self._queries[name] = turned
+                rotated = rotated.clone()
+            self._queries[name] = rotated
         return self._queries[name]
 
 

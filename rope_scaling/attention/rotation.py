@@ -1,4 +1,4 @@
-"""Turning pairs of dimensions by given angles, from where the model has left them."""
+"""Rotating pairs of dimensions by given angles, from where the model has left them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LARGE_BLOCK = 65536
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """Which dimensions of a head are turned, and which of them form a pair."""
+    """Which dimensions of a head are rotated, and which of them form a pair."""
 
     rotary_dim: int
     """Rotary width `R`."""
     interleaved: bool = False
     """Pairs are neighbours `(2i, 2i + 1)`; otherwise halves, `(i, i + R / 2)`."""
     start: int = 0
-    """First dimension that is turned."""
+    """First dimension that is rotated."""
     backward: bool = False
-    """The model turns by negative angles."""
+    """The model rotates by negative angles."""
 
     def pairs(self, x: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of both members of the pairs `low .. high - 1`, each `[..., high - low]`."""
@@ -42,7 +42,7 @@ class RotaryLayout:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """A turn of the pairs `low .. high - 1` at every position, with a gain; other pairs stay as they are."""
+    """A rotation of the pairs `low .. high - 1` at every position, with a gain; other pairs stay as they are."""
 
     cos: torch.Tensor
     """Gain times cosine, `[T, high - low]`, float32."""
@@ -99,7 +99,7 @@ class Rotation:
         return Rotation(self.cos[begin:end], self.sin[begin:end], self.low)
 
     def adjoint(self) -> Rotation:
-        """What carries gradients back: the turn back, with the same gain."""
+        """What carries gradients back: the rotation back, with the same gain."""
         return Rotation(self.cos, -self.sin, self.low)
 
     def to(self, device: torch.device) -> Rotation:
@@ -107,17 +107,17 @@ class Rotation:
         return Rotation(self.cos.to(device), self.sin.to(device), self.low)
 
     def apply(self, x: torch.Tensor, layout: RotaryLayout, in_place: bool = False) -> torch.Tensor:
-        """`x` (`[..., T, d]`) turned, in its own dtype; the arithmetic is float32 or better."""
+        """`x` (`[..., T, d]`) rotated, in its own dtype; the arithmetic is float32 or better."""
         high = self.low + self.cos.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        turned = x if in_place else x.clone()
+        rotated = x if in_place else x.clone()
         size = _BLOCK if x.device.type == "cpu" else _LARGE_BLOCK
         for begin in range(0, x.shape[-2], size):
             part = slice(begin, begin + size)
             cos, sin = self.cos[part].to(wide), self.sin[part].to(wide)
             one, two = (pair.to(wide) for pair in layout.pairs(x[..., part, :], self.low, high))
-            into_one, into_two = layout.pairs(turned[..., part, :], self.low, high)
+            into_one, into_two = layout.pairs(rotated[..., part, :], self.low, high)
             new_one, new_two = torch.addcmul(one * cos, two, sin, value=-1), torch.addcmul(two * cos, one, sin)
             into_one.copy_(new_one)
             into_two.copy_(new_two)
-        return turned
+        return rotated

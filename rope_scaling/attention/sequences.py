@@ -88,7 +88,7 @@ class Segment:
     key_positions: torch.Tensor | KeyPositions
     """The same for every key, `[S]`."""
     offset: int = 0
-    """What the model added to these positions when it turned queries and keys."""
+    """What the model added to these positions when it rotated queries and keys."""
 
     def __post_init__(self) -> None:
         given = self.key_positions

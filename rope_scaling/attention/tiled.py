@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rope_scaling.attention.plan import Plan
-from rope_scaling.attention.rotated_inputs import Inputs, TurnedKeys, band_mask, schedule_of, wide
+from rope_scaling.attention.rotated_inputs import Inputs, RotatedKeySource, band_mask, schedule_of, wide
 from rope_scaling.attention.tiled_backward import segment_backward
 from rope_scaling.attention.tiling import Piece
 
@@ -33,7 +33,7 @@ def tiled_attention(
     scaling: float,
     *,
     sinks: torch.Tensor | None = None,
-    rotated_keys: TurnedKeys | None = None,
+    rotated_keys: RotatedKeySource | None = None,
 ) -> torch.Tensor:
     """Attention as the spans define it, in tiles, with memory linear in the length.
 
@@ -41,10 +41,10 @@ def tiled_attention(
         query (`torch.Tensor`): `[B, H, T, d]`, on a CPU; float32, float64, bfloat16 or float16.
         key (`torch.Tensor`): `[B, Hk, S, d]`, `H` a multiple of `Hk`; keys are not copied for the groups.
         value (`torch.Tensor`): `[B, Hk, S, d]`.
-        plan (`Plan`): Spans, positions and turns.
+        plan (`Plan`): Spans, positions and rotations.
         scaling (`float`): Multiplier of scores.
         sinks (`torch.Tensor`, *optional*): A learned score for every head that takes part in the softmax, `[H]`.
-        rotated_keys (callable, *optional*): Where turned keys come from, if they are kept between calls.
+        rotated_keys (callable, *optional*): Where rotated keys come from, if they are kept between calls.
 
     Returns:
         `torch.Tensor`: `[B, H, T, d]`; rows that belong to no segment are 0.
@@ -66,7 +66,7 @@ def _run(
     sinks: torch.Tensor | None,
     plan: Plan,
     scaling: float,
-    rotated_keys: TurnedKeys | None = None,
+    rotated_keys: RotatedKeySource | None = None,
     keep_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output, and the log-sum-exp of every row (`[B, H, T]`, `-inf` for rows that see nothing) if it is wanted."""

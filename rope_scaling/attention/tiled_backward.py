@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rope_scaling.attention.plan import turn
+from rope_scaling.attention.plan import apply_rotation
 from rope_scaling.attention.rotated_inputs import Inputs, band_mask, schedule_of, wide
 from rope_scaling.attention.tiling import Piece
 from rope_scaling.spans import Span
@@ -32,36 +32,36 @@ def segment_backward(
         for gradient, where in zip(found, (segment.queries, segment.keys, segment.keys), strict=True)
     )
     grad, out, lse = (tensor[segment.rows, :, segment.queries] for tensor in (grad, out, lse))
-    turned_keys: dict[int, tuple[Span, torch.Tensor]] = {}
+    rotated_keys: dict[int, tuple[Span, torch.Tensor]] = {}
     for begin, end, pieces in schedule_of(plan, segment).tiles:
-        turned_queries: dict[int, torch.Tensor] = {}
+        rotated_queries: dict[int, torch.Tensor] = {}
         for piece in pieces:
             of_q, of_k, of_v = _call_backward(inputs, piece, begin, end, grad, out, lse, scaling)
-            into = turned_queries.setdefault(
+            into = rotated_queries.setdefault(
                 piece.span, of_query.new_zeros(*of_query.shape[:2], end - begin, grad.shape[3])
             )
             into[:, :, piece.begin - begin : piece.end - begin] += of_q
             span = plan.spans[piece.span]
-            # Spans that share the turn of their keys share its gradient too.
+            # Spans that share the rotation of their keys share its gradient too.
             keys = (
                 of_key
                 if span.key is None
-                else turned_keys.setdefault(
+                else rotated_keys.setdefault(
                     id(span.key), (span, torch.zeros_like(of_key, memory_format=torch.contiguous_format))
                 )[1]
             )
             keys[:, :, piece.first : piece.last] += of_k
             of_value[:, :, piece.first : piece.last] += of_v
         inputs.forget(begin)
-        for index, gradient in turned_queries.items():
+        for index, gradient in rotated_queries.items():
             rotation = plan.query_rotation(segment, plan.spans[index])
             if inputs.gain is not None:
                 gradient = gradient * inputs.gain[begin:end, None].to(gradient)
             back = rotation.part(begin, end).adjoint() if rotation else None
-            of_query[:, :, begin:end] += turn(gradient, back, plan.layout)
-    for span, gradient in turned_keys.values():
+            of_query[:, :, begin:end] += apply_rotation(gradient, back, plan.layout)
+    for span, gradient in rotated_keys.values():
         rotation = plan.key_rotation(segment, span)
-        of_key += turn(gradient, rotation.adjoint() if rotation else None, plan.layout)
+        of_key += apply_rotation(gradient, rotation.adjoint() if rotation else None, plan.layout)
 
 
 def _call_backward(
@@ -74,7 +74,7 @@ def _call_backward(
     lse: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of a piece's queries, keys (both as turned) and values."""
+    """Gradients of a piece's queries, keys (both as rotated) and values."""
     q = inputs.queries(piece.span, begin, end)[:, :, piece.begin - begin : piece.end - begin]
     k = inputs.keys(piece.span, piece.first, piece.last)
     v = inputs.value[:, :, piece.first : piece.last]

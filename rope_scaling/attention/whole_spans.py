@@ -334,11 +334,11 @@ def _span_backward(
         of_q, of_k, of_v = kernel.backward(its_grad, q, k, v, its_out, its_lse, shape, scaling)
         of_keys = inside, block.first, block.keys, block.key_step, block.count
         first, key_first = block.begin - task.begin, block.first - task.first
-        turn = back.part(first, first + block.end - block.begin) if back else None
+        rotation_part = back.part(first, first + block.end - block.begin) if back else None
         gain = None if task.gain is None else task.gain[first:]
         more: dict[str, Any] = {"step": block.query_step, "is_reversed": is_reversed}
-        add_rotated_(_blocks(of_query, *where), of_q, turn, layout, gain, **more)
-        turn = key_back.part(key_first, key_first + block.key_end - block.first) if key_back else None
+        add_rotated_(_blocks(of_query, *where), of_q, rotation_part, layout, gain, **more)
+        rotation_part = key_back.part(key_first, key_first + block.key_end - block.first) if key_back else None
         more["step"] = block.key_step
-        add_rotated_(_blocks(of_key, *of_keys), of_k, turn, layout, **more)
+        add_rotated_(_blocks(of_key, *of_keys), of_k, rotation_part, layout, **more)
         add_rotated_(_blocks(of_value, *of_keys), of_v, None, layout, **more)

@@ -28,7 +28,7 @@ from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.attention.whole_spans import whole_span_attention
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.both_ways import WindowProgram, both_ways
-from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
+from rope_scaling.hf.cache import can_retain, key_store, retain, rotated_keys_of
 from rope_scaling.hf.compiled import TracedCall, no_positions_in_a_cache, trace, traceable
 from rope_scaling.hf.host import cache_argument, take_cache
 from rope_scaling.hf.layer_spans import SpanProgram
@@ -39,9 +39,9 @@ NAME = "rope_scaling"
 CALL = "rope_scaling_call"
 """The keyword argument by which a layer's attention gets what the hook read."""
 
-_KEPT_TURNED = 64
-"""Calls of up to this many tokens keep turned keys beside the cache; for longer ones turning them costs little beside
-attention itself."""
+_KEPT_ROTATED = 64
+"""Calls of up to this many tokens keep rotated keys beside the cache; in longer ones rotating them costs little
+beside attention itself."""
 _FEW = 16
 """Calls of up to this many tokens go through all scores at once on a GPU: they are few."""
 
@@ -101,7 +101,7 @@ class Call:
         kept = self._kept(layer, query)
         if kept is None:
             return engine(query, key, value, plan, scaling, sinks=sinks)
-        rotated = partial(kept.turned, plan)
+        rotated = partial(kept.rotated, plan)
         out = engine(query, key, value, plan, scaling, sinks=sinks, rotated_keys=rotated)
         kept.end(self.cache.layers[layer], self.past + self.length)
         return out
@@ -120,13 +120,13 @@ class Call:
         return tiled_attention if query.device.type == "cpu" else None
 
     def _kept(self, layer: int, query: torch.Tensor) -> Any:
-        if self.cache is None or self.length > _KEPT_TURNED or query.requires_grad:
+        if self.cache is None or self.length > _KEPT_ROTATED or query.requires_grad:
             return None
         if getattr(self.cache, "offloading", False) or layer >= len(self.cache.layers):
             return None
         if "Quantized" in type(self.cache.layers[layer]).__name__:
             return None  # rotated keys beside it would take the memory that quantization saves
-        return turned_keys_of(self.cache.layers[layer], self.program)
+        return rotated_keys_of(self.cache.layers[layer], self.program)
 
 
 class UnheardError(RopeScalingError):
@@ -189,7 +189,7 @@ class DecoderHook:
                 if index is not None
             ]
             for layer in cache.layers[: len(self.program.layers)]:
-                turned_keys_of(layer, self.program).begin(layer, past)
+                rotated_keys_of(layer, self.program).begin(layer, past)
         kwargs[CALL] = call
         return (), kwargs
 
@@ -241,8 +241,8 @@ def span_attention(
 
     Args:
         module (`nn.Module`): The attention module; its `layer_idx` says which layer's spans to use.
-        query (`torch.Tensor`): `[B, H, T, d]`, turned by the model.
-        key (`torch.Tensor`): `[B, Hk, S, d]`, turned by the model, cached ones first.
+        query (`torch.Tensor`): `[B, H, T, d]`, rotated by the model.
+        key (`torch.Tensor`): `[B, Hk, S, d]`, rotated by the model, cached ones first.
         value (`torch.Tensor`): `[B, Hk, S, dv]`.
         attention_mask: Not used; the hook has read it.
         scaling (`float`, *optional*): Multiplier of scores; `d ** -0.5` by default.

@@ -1,4 +1,4 @@
-"""What the engine keeps beside a cache: layers that forget what no query will see, and keys already turned."""
+"""What the engine keeps beside a cache: layers that forget what no query will see, and keys already rotated."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def can_retain(cache: Any) -> bool:
     return type(cache) is DynamicCache and not cache.get_seq_length() and not getattr(cache, "offloading", False)
 
 
-class TurnedKeys:
-    """Keys of one cache layer at the angles of spans that turn them further, so that each is turned once.
+class RotatedKeyCache:
+    """Keys of one cache layer at the angles of spans that rotate them further, so that each is rotated once.
 
-    A key's angle in a span is fixed, so what was turned stays right while tokens are appended. Anything else that is
+    A key's angle in a span is fixed, so what was rotated stays right while tokens are appended. Anything else that is
     done to the cache (reordering beams, cropping, resetting, selecting rows) puts other tensors into it or changes its
-    length; then everything is turned anew.
+    length; then everything is rotated anew.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class TurnedKeys:
         same = keys is not None and self._keys is not None and self._keys() is keys
         if not same or (past, _version(keys)) != self._state:
             self._buffers = {}
-        # Only `end` vouches for the cache again: a call too long to keep turned keys does not get there.
+        # Only `end` vouches for the cache again: a call too long to keep rotated keys does not get there.
         self._used, self._keys = set(), None
 
     def end(self, layer: Any, length: int) -> None:
@@ -145,7 +145,7 @@ class TurnedKeys:
         self._keys, self._state = weakref.ref(layer.keys), (length, _version(layer.keys))
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in self._used}
 
-    def turned(self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def rotated(self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor) -> tuple[torch.Tensor, int]:
         """A segment's keys at the angles of a span: those that the queries of this call see there, and no others.
 
         Returns:
@@ -155,7 +155,7 @@ class TurnedKeys:
         positions = segment.key_positions
         assert isinstance(positions, KeyPositions)  # the decoder hook refuses others on top of a cache
         # Where a key lies must not have moved (the model's own windows and layers that forget shift keys), nor the
-        # rows that are computed together, nor how the model turned them.
+        # rows that are computed together, nor how the model rotated them.
         where = segment.rows.start, segment.rows.stop, segment.offset, positions.first, positions.gap
         name = (span.key, key.dtype, key.device, *where)
         kept = self._buffers.get(name)
@@ -224,19 +224,19 @@ class _Buffer:
         self.tensor, self.begin = bigger, begin
 
 
-_TURNED: weakref.WeakKeyDictionary[Any, tuple[Any, TurnedKeys]] = weakref.WeakKeyDictionary()
+_ROTATED: weakref.WeakKeyDictionary[Any, tuple[Any, RotatedKeyCache]] = weakref.WeakKeyDictionary()
 
 
-def turned_keys_of(layer: Any, owner: Any) -> TurnedKeys:
-    """The turned keys of a cache layer under one patch."""
-    if layer not in _TURNED or _TURNED[layer][0]() is not owner:
-        _TURNED[layer] = weakref.ref(owner), TurnedKeys()
-    return _TURNED[layer][1]
+def rotated_keys_of(layer: Any, owner: Any) -> RotatedKeyCache:
+    """The rotated keys of a cache layer under one patch."""
+    if layer not in _ROTATED or _ROTATED[layer][0]() is not owner:
+        _ROTATED[layer] = weakref.ref(owner), RotatedKeyCache()
+    return _ROTATED[layer][1]
 
 
 def rotated_copies(cache: Any) -> float:
     """How much is kept rotated beside a cache, in copies of its keys."""
-    kept = sum(_TURNED[layer][1].elements for layer in cache.layers if layer in _TURNED)
+    kept = sum(_ROTATED[layer][1].elements for layer in cache.layers if layer in _ROTATED)
     return kept / sum(layer.keys.numel() for layer in cache.layers)
 
 

@@ -29,7 +29,7 @@ class Layer:
     """What a patch has to know of one decoder layer."""
 
     rope: Rope | None
-    """`None` for a layer that turns nothing."""
+    """`None` for a layer that rotates nothing."""
     layout: RotaryLayout
     scaled: bool
     """Whether the patch is for this layer; others keep their attention."""

@@ -43,7 +43,7 @@ from rope_scaling.spans import compose
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["halves", "neighbours", "last"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_law_is_the_definition(name, layout):
-    """Scores from relative angles, pair by pair, for vectors that nothing has turned."""
+    """Scores from relative angles, pair by pair, for vectors that nothing has rotated."""
     length, method = 150, METHODS[name]
     q, k, v = tensors(length, rows=1)
     angles = relative_positions(method, length, geometry=GEOMETRY, angles=True)
@@ -63,8 +63,8 @@ def test_the_law_is_the_definition(name, layout):
     even += torch.einsum("bhmi,bhni,mni->bhmn", q2, k2, turns.cos() * amplitude)
     odd = torch.einsum("bhmi,bhni,mni->bhmn", q1, k2, turns.sin() * amplitude)
     odd -= torch.einsum("bhmi,bhni,mni->bhmn", q2, k1, turns.sin() * amplitude)
-    turned = set(range(layout.start, layout.start + WIDTH))
-    still = [dimension for dimension in range(24) if dimension not in turned]
+    rotated = set(range(layout.start, layout.start + WIDTH))
+    still = [dimension for dimension in range(24) if dimension not in rotated]
     scores = even + odd + q[..., still] @ k[..., still].transpose(-1, -2)
     wanted = torch.softmax((scores * 0.3).masked_fill(~seen, -math.inf), -1) @ v
     (segment,) = whole(length, rows=1)
@@ -102,7 +102,7 @@ def test_float32_gradients_are_those_of_the_law(name):
 
 @pytest.mark.parametrize("windows_first", [False, True])
 @pytest.mark.parametrize("name", ["uniform", "waveprune", "from the model's own"])
-def test_spans_turned_one_from_another_leave_what_they_were_given(name, windows_first):
+def test_spans_rotated_one_from_another_leave_what_they_were_given(name, windows_first):
     """In place, from span to span, also where windows interrupt or repeat the row."""
     near, far = METHODS["clip"].spans(ROPE)
     of_name = METHODS[name].spans(ROPE) if name in METHODS else [near, replace(far, after=near)]
@@ -137,7 +137,7 @@ def test_half_precision_is_as_exact_as_the_stock_kernel(dtype):
 
 @pytest.mark.parametrize("name", [*METHODS, "plain"])
 def test_flex_attention_is_the_law(name):
-    """By FlexAttention's dense form, which needs no GPU but has no gradients: spans, bounds, turns and merge."""
+    """By FlexAttention's dense form, which needs no GPU but has no gradients: spans, bounds, rotations and merge."""
     length = 150
     q, k, v = tensors(length, rows=3, head_dim=32, dtype=torch.float32)
     positions, late = torch.arange(length), torch.arange(100)
@@ -154,7 +154,7 @@ def test_flex_attention_is_the_law(name):
 
 
 def test_offsets_of_the_caller_do_not_matter():
-    """Positions that the caller counts from elsewhere turn queries and keys differently, to the same differences."""
+    """Positions that the caller counts from elsewhere rotate queries and keys differently, to the same differences."""
     q, k, v = tensors(200)
     for name in ("rerope", "string", "self_extend", "dynamic_ntk", "clip"):
         outs = []

@@ -224,17 +224,20 @@ def check_fused(device):
         Rotation.on_device(lambda begin, end: angles[begin:end].to(device), 300),
         torch.rand(300, device=device),
     )
-    for turn, factor in ((rotation, gain), (rotation, None), (None, None)):
+    for rotation_part, factor in ((rotation, gain), (rotation, None), (None, None)):
         for is_reversed in (False, True):
             wanted = blocks.clone()
             for index, into in enumerate(wanted):
                 at = slice(75 * index, 75 * index + 70)
                 block = parts[1][index : index + 1].flip(2) if is_reversed else parts[1][index : index + 1]
                 into += fused.rotate(
-                    block, turn and turn.part(at.start, at.stop), layout, None if factor is None else factor[at]
+                    block,
+                    rotation_part and rotation_part.part(at.start, at.stop),
+                    layout,
+                    None if factor is None else factor[at],
                 )[0]
             more = {"step": 75, "is_reversed": is_reversed}
-            fused.add_rotated_(blocks, parts[1], turn, layout, factor, **more)
+            fused.add_rotated_(blocks, parts[1], rotation_part, layout, factor, **more)
             assert torch.allclose(blocks, wanted, atol=1e-5)
 
 
