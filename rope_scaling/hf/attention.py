@@ -30,7 +30,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.both_ways import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, rotated_keys_of
 from rope_scaling.hf.compiled import TracedCall, no_positions_in_a_cache, trace, traceable
-from rope_scaling.hf.host import cache_argument, take_cache
+from rope_scaling.hf.host import cache_argument, is_exporting, take_cache
 from rope_scaling.hf.layer_spans import SpanProgram
 
 
@@ -147,7 +147,7 @@ class DecoderHook:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             return (), kwargs  # the model's own error says what is missing
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if is_exporting() or torch.jit.is_tracing():
             raise RopeScalingError(
                 "`torch.export` and `torch.jit.trace` cannot follow span methods and temperatures, which depend on "
                 "the positions of a call. Export a model that is patched with a frequency method; to speed this one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
@@ -41,3 +42,8 @@ def caches_of(model: Any, args: tuple[Any, ...], arguments: dict[str, Any], outp
         values += output
     found = {id(value): value for value in values if isinstance(value, Cache) and hasattr(value, "layers")}
     return list(found.values())
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work. In `torch.compile`, torch 2.11 takes its own function of this name for true."""
+    return torch.compiler._is_exporting_flag
