@@ -45,5 +45,5 @@ def caches_of(model: Any, args: tuple[Any, ...], arguments: dict[str, Any], outp
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is at work. In `torch.compile`, torch 2.11 takes its own function of this name for true."""
+    """Whether `torch.export` is at work. Under `torch.compile`, torch 2.11 takes its own function for true."""
     return torch.compiler._is_exporting_flag
