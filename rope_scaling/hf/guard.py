@@ -176,6 +176,10 @@ class Guard:
 def guard(decoder: Any, one: Guard) -> None:
     """Puts a guard on a decoder, before its other hooks."""
     decoder.register_forward_pre_hook(_Before(one), prepend=True, with_kwargs=True)
+    # Dynamo of torch 2.11 reads an OrderedDict in the order of insertion, which `prepend` leaves as it was.
+    hooks = list(decoder._forward_pre_hooks.items())
+    decoder._forward_pre_hooks.clear()
+    decoder._forward_pre_hooks.update(hooks)
     decoder.register_forward_hook(_After(one), with_kwargs=True)
 
 
