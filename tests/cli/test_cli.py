@@ -93,8 +93,8 @@ def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_
         "yarn",
         saved[-1]["method"],
     ]
-    assert saved[-1]["method"] == "saved resonance(wrapped=yarn(factor=2))"
-    assert saved[-1]["in_effect"] == "resonance(wrapped=yarn(factor=2))"
+    assert saved[-1]["method"] == "saved resonance:wrapped=(yarn:factor=2)"
+    assert saved[-1]["in_effect"] == "resonance:wrapped=(yarn:factor=2)"
     assert saved[-1]["target_length"] == 128
     for one, other in zip(plain[:5], saved[:5], strict=True):
         assert one["measure"] == other["measure"]
@@ -112,7 +112,7 @@ def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder, comman
     plain = command("describe", folder)
     assert plain.returncode == 0 and "model.rotary_emb: not patched" in plain.stdout
     would = command("describe", folder, "--method", "yarn:beta_fast=16", "--factor", "4", "--pairs")
-    assert "yarn(factor=4, beta_fast=16)" in would.stdout and "turns in trained / target length" in would.stdout
+    assert "yarn:factor=4,beta_fast=16" in would.stdout and "turns in trained / target length" in would.stdout
 
 
 def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):

@@ -152,7 +152,7 @@ def test_another_patch_on_a_saved_one_starts_from_the_pretrained_frequencies(tmp
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": 99}, "format 99; this version reads 2. Update rope-scaling"),
+        ({"format": 99}, "format 99; this version reads 2 and 3. Update rope-scaling"),
         ({"methods": [{"name": "yran"}]}, "Unknown method 'yran'"),
         ({"methods": ["yarn"]}, "must have a `name`"),
         ({"surprise": 1}, "record is damaged"),
