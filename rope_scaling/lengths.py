@@ -50,6 +50,8 @@ def tokens_or_multiple(name: str, value: Any) -> int | str:
         RopeScalingError: it is neither.
     """
     times = multiple(value)
+    if times is None and isinstance(value, str) and _TOKENS.fullmatch(value.strip()) is None:
+        raise RopeScalingError(f"`{name}` takes tokens such as 32768 or 32k, or a multiple such as 8x; got {value!r}.")
     if times is None:
         return tokens(name, value)
     if not 0 < times < _MOST:

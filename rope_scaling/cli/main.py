@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from rope_scaling.cli import plot
-from rope_scaling.cli.options import ORIGINAL, TARGET_LENGTH, length_parser, patch_by_options
+from rope_scaling.cli.options import ORIGINAL, TARGET_LENGTH, Command, length_parser, patch_by_options
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.version import __version__
 
@@ -155,7 +155,7 @@ def report(
     raise typer.Exit(command.run(run, output, mixed, fail_if or []))
 
 
-@app.command()
+@app.command(cls=Command)
 def methods() -> None:
     """List the methods there are, in one screen."""
     from rich.console import Console
@@ -175,7 +175,7 @@ def methods() -> None:
     print("Try one: rope-scaling describe demo --method yarn --factor 8 --pairs")
 
 
-@app.command()
+@app.command(cls=Command)
 def finetune(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file. Without it, a list of them.")] = "",
     overrides: Annotated[
@@ -196,7 +196,7 @@ def finetune(
         show_recipes()
 
 
-@app.command()
+@app.command(cls=Command)
 def describe(
     model: Annotated[
         str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id; its weights are not loaded.")
@@ -216,7 +216,7 @@ def describe(
     describe_model(skeleton, pairs=pairs)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     model: Annotated[str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id.")],
     target: Annotated[str, typer.Option(help="transformers, transformers-v4, vllm, sglang or llama.cpp.")],
@@ -252,7 +252,7 @@ def export(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(
     model: Annotated[str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id; no weights needed.")],
     target_length: Annotated[

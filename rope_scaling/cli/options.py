@@ -6,9 +6,27 @@ from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.lengths import tokens, tokens_or_multiple
+
+
+class Command(TyperCommand):
+    """A command that names arguments which it does not know before those that are missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As of Typer."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # Typer exports the class of this error under no one name across versions.
+            if type(error).__name__ == "MissingParameter":
+                _, unknown, _ = self.make_parser(ctx).parse_args(args=given)
+                if unknown:
+                    ctx.fail(f"Got unexpected extra argument(s) ({' '.join(unknown)})")
+            raise
 
 
 def length_parser(name: str, multiples: bool = True) -> Callable[[str], int | str]:
