@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import MISSING
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 import yaml
+from conftest import make_model
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +19,10 @@ from rope_scaling import (
     METHODS,
     Alternating,
     AngleClip,
+    Linear,
     LmInfinite,
     LogN,
+    PRope,
     ReRope,
     Resonance,
     RopeScalingError,
@@ -271,6 +276,66 @@ def test_data_in_the_forms_of_a_recipe():
     assert from_dict(yaml.safe_load("{name: abf, rope_theta: 1e6}")) == make_method("abf", rope_theta=1e6)
     wrapped = {"name": "resonance", "wrapped": {"name": "yarn", "factor": 4}}
     assert from_dict(wrapped) == Resonance(wrapped=Yarn(factor=4))
+
+
+def test_the_documentation_writes_the_same_methods_in_both_forms():
+    page = (Path(__file__).parents[1] / "docs" / "notation.md").read_text()
+    rows = re.findall(r"^\| [^|`]+ \| `([^`]+)` \| `([^`]+)` \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for text, data in rows:
+        assert parse(text) == from_dict(yaml.safe_load(data)), text
+
+
+# Hooks --------------------------------------------------------------------------------------------------------------
+
+
+def test_one_method_for_two_that_follow_each_other():
+    assert Yarn(factor=2).after(Yarn(factor=4, beta_fast=16)) == Yarn(factor=8, beta_fast=16)
+    assert Yarn(factor=2, beta_fast=8).after(Yarn(factor=4, beta_fast=16)) == Yarn(factor=8, beta_fast=8)
+    lists = make_method("longrope", factor=2, long_factor=[1, 2])
+    for later, earlier in ((Yarn(factor=2), Linear(factor=4)), (lists, lists), (PRope(), PRope())):
+        assert later.after(earlier) is None
+
+
+def test_a_custom_method_may_be_one_that_wraps(llama, monkeypatch):
+    """What Resonance does is nobody's special case."""
+    import rope_scaling
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Halved(FrequencyMethod):
+        name: ClassVar[str] = "halved"
+        wrapped_field: ClassVar[str] = "below"
+        below: FrequencyMethod | None = None
+
+        @property
+        def factor(self):
+            return getattr(self.below, "factor", None)
+
+        def frequencies(self, geometry):
+            inv_freq, attention_factor = self.below.frequencies(geometry)
+            return self.on_top(inv_freq), attention_factor
+
+        def on_top(self, inv_freq):
+            return inv_freq / 2
+
+    # As the classes of this library have it, whose annotations are text.
+    dataclasses.fields(Halved)[0].type = "FrequencyMethod | None"
+    monkeypatch.setitem(METHODS, "halved", Halved)
+    one = Halved(below=Yarn(factor=4))
+    assert parse("halved:below=yarn,factor=4") == parse(str(one)) == from_dict(data_of(one)) == one
+    frequencies = rope_scaling.patch(llama, "halved", below="yarn", factor=4).model.rotary_emb.inv_freq.clone()
+    assert torch.allclose(2 * frequencies, rope_scaling.patch(llama, "yarn", factor=4).model.rotary_emb.inv_freq)
+    scaled = make_model("llama3.1")
+    frequencies = rope_scaling.patch(scaled, "halved", below="yarn", factor=4).model.rotary_emb.inv_freq.clone()
+    assert torch.allclose(2 * frequencies, rope_scaling.patch(scaled, "yarn", factor=4).model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_class_says_of_itself_exists(name):
+    cls = METHODS[name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    assert issubclass(METHODS[cls.nearest_static], FrequencyMethod)
+    assert {cls.wrapped_field} - {""} <= known and cls.sweep_fields(8.0).keys() <= known
 
 
 # Unknown before missing ---------------------------------------------------------------------------------------------
