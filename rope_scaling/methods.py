@@ -1,4 +1,4 @@
-"""Every method by name, and the one notation of methods: text, plain data, and arguments of `patch`.
+"""The one notation of methods: text, plain data, and arguments of `patch`.
 
 `yarn:beta_fast=16+log_n` on the command line is `[{"name": "yarn", "beta_fast": 16}, {"name": "log_n"}]` in a recipe
 and in the config of a patched model, and `str` of the methods is that text again.
@@ -6,21 +6,18 @@ and in the config of a patched model, and `str` of the methods is that text agai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, TypeAlias
+from typing import Any
 
 from rope_scaling.errors import RopeScalingError, unknown_name
-from rope_scaling.frequencies import METHODS as FREQUENCY_METHODS
-from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.lengths import multiple, tokens, tokens_or_multiple
 from rope_scaling.notation import (
     Nested,
     changed_fields,
+    field_types,
     field_value,
-    holds_method,
     plain,
     plain_method,
     read_fields,
@@ -28,18 +25,19 @@ from rope_scaling.notation import (
     split,
     write_method,
 )
-from rope_scaling.spans import SPAN_METHODS, SpanMethod
-from rope_scaling.temperatures import TEMPERATURES, Temperature
+from rope_scaling.registry import (
+    METHODS,
+    Method,
+    NamedMethod,
+    check_complete,
+    check_names,
+    factor_of,
+    method_class,
+    method_name,
+    scaled_part,
+    takes_factor,
+)
 
-
-Method: TypeAlias = FrequencyMethod | SpanMethod | Temperature
-NamedMethod: TypeAlias = tuple[str, dict[str, Any]]
-"""A method's name and fields; its factor may be left to the patch."""
-
-METHODS: dict[str, type[Method]] = {**FREQUENCY_METHODS, **SPAN_METHODS, **TEMPERATURES}
-"""Every method that there is. A custom one that is added here can be given by name and restored from a checkpoint."""
-ALIASES = {"proportional": "p_rope"}
-"""Other names of the same method; `proportional` is Transformers' name."""
 
 _EXTENT = ("factor", "target_length", "original_max_position_embeddings", "layer_types")
 """Arguments of `patch` that a method's text may give beside the method's own fields."""
@@ -62,35 +60,7 @@ class Combination:
         return "+".join([write_method(name, own | self.extent), *(write_method(*other) for other in others)])
 
 
-# By name -----------------------------------------------------------------------------------------------------------
-
-
-def method_name(name: str) -> str:
-    """The name of a method in `METHODS`, from one in any case and spelling: `YaRN`, `Self-Extend`, `NTK-by-parts`.
-
-    Raises:
-        RopeScalingError: there is no such method; the message names the nearest.
-    """
-    names = {known: known for known in METHODS} | ALIASES
-    if name in names:
-        return names[name]
-    alike = {_letters(known): known for known in names}
-    if (known := alike.get(_letters(name))) is None:
-        raise unknown_name("method", name, names)
-    return names[known]
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[_\s-]", "", name.lower())
-
-
-def method_class(name: str) -> type[Method]:
-    """The method of that name, in any case and spelling.
-
-    Raises:
-        RopeScalingError: there is no such method; the message names the nearest.
-    """
-    return METHODS[method_name(name)]
+# By name and fields -------------------------------------------------------------------------------------------------
 
 
 def make_method(name: str, /, **arguments: Any) -> Method:
@@ -112,8 +82,8 @@ def make_method(name: str, /, **arguments: Any) -> Method:
     if isinstance(inner, str):
         others = {key: value for key, value in arguments.items() if key != cls.wrapped_field}
         return cls(**{cls.wrapped_field: make_method(inner, **others)})
-    _check_names(name, cls, arguments)
-    _check_complete(name, cls, arguments)
+    check_names(name, cls, arguments)
+    check_complete(name, cls, arguments)
     return cls(**{key: field_value(cls, key, value) for key, value in arguments.items()})
 
 
@@ -129,7 +99,7 @@ def make_scaled(name: str, factor: float | None, arguments: Mapping[str, Any]) -
         RopeScalingError: as `make_method`, or the method needs a factor and there is none.
     """
     arguments = _nested(method_class(name), arguments)
-    scaled, own = _scaled_part(name, arguments)
+    scaled, own = scaled_part(name, arguments)
     cls = method_class(scaled)
     if "factor" in own or not takes_factor(cls):
         return make_method(name, **arguments)
@@ -137,39 +107,10 @@ def make_scaled(name: str, factor: float | None, arguments: Mapping[str, Any]) -
         return make_method(name, **{"factor": factor, **arguments})
     if "factor" not in required_fields(cls):
         return make_method(name, **arguments)
-    _check_names(scaled, cls, own)
+    check_names(scaled, cls, own)
     raise RopeScalingError(
         f"{name!r} needs to know how far: give `factor` or `target_length`, as in `patch(model, {name!r}, factor=4)`."
     )
-
-
-def takes_factor(cls: type[Method]) -> bool:
-    """Whether a method has a field for the factor of a patch."""
-    return any(one.name == "factor" for one in fields(cls))
-
-
-def _scaled_part(name: str, arguments: Mapping[str, Any]) -> NamedMethod:
-    """The method that a factor is for, and its fields: the wrapped one, where that is given by name."""
-    wrapped_field = method_class(name).wrapped_field
-    inner = arguments.get(wrapped_field)
-    if not isinstance(inner, str):
-        return name, dict(arguments)
-    return _scaled_part(inner, {key: value for key, value in arguments.items() if key != wrapped_field})
-
-
-def _check_names(name: str, cls: type[Method], arguments: Mapping[str, Any]) -> None:
-    known = [one.name for one in fields(cls)]
-    for argument in arguments:
-        if argument not in known:
-            raise unknown_name(f"argument of {name!r}:", argument, known or ["(none)"])
-
-
-def _check_complete(name: str, cls: type[Method], arguments: Mapping[str, Any]) -> None:
-    missing = [required for required in required_fields(cls) if required not in arguments]
-    given = {key: value for key, value in arguments.items() if value is not None}
-    if missing:
-        listed = ", ".join(f"`{required}`" for required in missing)
-        raise RopeScalingError(f"{name!r} needs {listed}; got {given or 'nothing'}.")
 
 
 # Reading -----------------------------------------------------------------------------------------------------------
@@ -189,11 +130,7 @@ def parse(text: str) -> Method | Combination:
     Raises:
         RopeScalingError: no such method or field, or the text is in no such form.
     """
-    parts = []
-    for part in split(text, text, "+"):
-        name, _, rest = part.strip().partition(":")
-        parts.append((name, read_fields(text, rest)))
-    return _combined(parts)
+    return _combined(_text_parts(text))
 
 
 def from_dict(data: Any) -> Method | Combination:
@@ -215,33 +152,36 @@ def from_dict(data: Any) -> Method | Combination:
     if isinstance(data, Mapping) and "methods" in data:
         extent = {key: value for key, value in data.items() if key != "methods"}
         data = data["methods"]
-    parts = []
-    for one in data if isinstance(data, list | tuple) else [data]:
-        read = parse(one) if isinstance(one, str) else one
-        if isinstance(read, Mapping) and isinstance(read.get("name"), str):
-            parts.append((read["name"], {key: value for key, value in read.items() if key != "name"}))
-        elif isinstance(read, Combination):
-            parts += map(named_method, read.methods)
-            extent |= read.extent
-        elif isinstance(read, Method):
-            parts.append(named_method(read))
+    parts: list[NamedMethod] = []
+    for item in data if isinstance(data, list | tuple) else [data]:
+        if isinstance(item, str):
+            parts += _text_parts(item)
+        elif isinstance(item, Mapping) and isinstance(item.get("name"), str):
+            parts.append((item["name"], {key: value for key, value in item.items() if key != "name"}))
         else:
-            raise RopeScalingError(f"A method must be a mapping with a `name`; got {one!r}.")
+            raise RopeScalingError(f"A method must be a mapping with a `name`; got {item!r}.")
     return _combined(parts, extent)
 
 
-def _combined(
-    parts: Sequence[tuple[str, Mapping[str, Any]]], beside: Mapping[str, Any] | None = None
-) -> Method | Combination:
+def _text_parts(text: str) -> list[NamedMethod]:
+    """Names and fields of the methods that a text names."""
+    parts = []
+    for part in split(text, text, "+"):
+        name, _, rest = part.strip().partition(":")
+        parts.append((name, read_fields(text, rest)))
+    return parts
+
+
+def _combined(parts: Sequence[NamedMethod], beside: Mapping[str, Any] | None = None) -> Method | Combination:
     """Methods by name and fields, as one; `beside` has arguments of `patch` for all of them."""
     if not parts:
         raise RopeScalingError("There is no method in an empty list. Name one, such as 'yarn'.")
     read = [_read(name, values, alone=len(parts) == 1) for name, values in parts]
     extent: dict[str, Any] = {}
-    for one in (_extent(beside or {}), *(own for _, own in read)):
-        if twice := sorted(extent.keys() & one.keys()):
+    for more in (_extent(beside or {}), *(own for _, own in read)):
+        if twice := sorted(extent.keys() & more.keys()):
             raise RopeScalingError(f"`{twice[0]}` is given twice. Give it once.")
-        extent |= one
+        extent |= more
     methods = tuple(method for method, _ in read)
     if len(methods) == 1 and isinstance(methods[0], Method) and not extent:
         return methods[0]
@@ -252,9 +192,9 @@ def _read(name: str, values: Mapping[str, Any], alone: bool) -> tuple[Method | N
     """One method, as an object if it is complete, and what is meant for `patch` among its values."""
     name = method_name(name)
     values = _nested(METHODS[name], values)
-    scaled, own = _scaled_part(name, values)
+    scaled, own = scaled_part(name, values)
     cls = method_class(scaled)
-    known = {one.name for one in fields(cls)}
+    known = field_types(cls)
     extent = {key: own[key] for key in _EXTENT if key in own and key not in known and (alone or key != "factor")}
     values, own = ({key: value for key, value in of.items() if key not in extent} for of in (values, own))
     try:
@@ -263,8 +203,8 @@ def _read(name: str, values: Mapping[str, Any], alone: bool) -> tuple[Method | N
         if not takes_factor(cls) or "factor" in own:
             raise
     # The factor is left to the patch, which makes the method, and says what is wrong with other fields.
-    _check_names(scaled, cls, own)
-    _check_complete(scaled, cls, {"factor": None, **own})
+    check_names(scaled, cls, own)
+    check_complete(scaled, cls, {"factor": None, **own})
     return (name, {key: plain(field_value(cls, key, value)) for key, value in values.items()}), _extent(extent)
 
 
@@ -289,7 +229,7 @@ def _nested(cls: type[Method], values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name == cls.wrapped_field and isinstance(value, str) and not isinstance(value, Nested):
             value = method_name(value)
-        elif holds_method(cls, name) and isinstance(value, str | Mapping):
+        elif "Method" in field_types(cls).get(name, "") and isinstance(value, str | Mapping):
             value = from_dict(value)
         if isinstance(value, Combination):
             if len(value.methods) > 1 or value.extent:
@@ -314,7 +254,9 @@ def to_dict(method: Method | Combination) -> dict[str, Any]:
     """
     if isinstance(method, Method):
         return plain_method(method)
-    methods = [{"name": one[0], **one[1]} if isinstance(one, tuple) else plain_method(one) for one in method.methods]
+    methods = [
+        {"name": part[0], **part[1]} if isinstance(part, tuple) else plain_method(part) for part in method.methods
+    ]
     return {"methods": methods, **method.extent}
 
 
@@ -335,7 +277,7 @@ def label(method: Method | Combination) -> str:
     if len(text) <= _LONGEST_LABEL:
         return text
     methods = method.methods if isinstance(method, Combination) else (method,)
-    return f"{'+'.join(_written(one)[0] for one in methods)}:{sha256(text.encode()).hexdigest()[:6]}"
+    return f"{'+'.join(_written(part)[0] for part in methods)}:{sha256(text.encode()).hexdigest()[:6]}"
 
 
 def method_text(method: Method) -> str:
@@ -389,8 +331,3 @@ def _for_patch(method: Method | NamedMethod) -> Method | NamedMethod:
         return method
     is_open = takes_factor(type(method)) and getattr(method, "factor", None) is None
     return (method.name, changed_fields(method)) if is_open else method
-
-
-def factor_of(method: Any) -> float:
-    """How many times further a method reads; 1 for one that is not made for a length."""
-    return getattr(method, "factor", None) or 1.0

@@ -17,7 +17,7 @@ from rope_scaling.lengths import has_unit, tokens
 
 
 class MethodBase:
-    """What every kind of method has: a name, a text form, and what depends on the method in the work of others."""
+    """What every kind of method has: a name, a text form, and hooks for what depends on the method elsewhere."""
 
     name: ClassVar[str] = ""
     wrapped_field: ClassVar[str] = ""
@@ -81,22 +81,28 @@ def _default(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def holds_method(cls: Any, name: str) -> bool:
-    """Whether a field is for another method."""
-    return any(field.name == name and "Method" in str(field.type) for field in fields(cls))
+def field_types(cls: Any) -> dict[str, str]:
+    """The fields of a method by name, with their types as they are written."""
+    return {field.name: str(field.type) for field in fields(cls)}
 
 
 def field_value(cls: Any, name: str, value: Any) -> Any:
     """Plain data as the value of a field: lists as tuples; `"inf"`, `"1e6"` and `"32k"` as numbers, except as text."""
-    if isinstance(value, list):
-        return tuple(field_value(cls, name, item) for item in value)
-    if not isinstance(value, str) or any(field.name == name and "str" in str(field.type) for field in fields(cls)):
+    return _value(name, value, is_text="str" in field_types(cls).get(name, ""))
+
+
+def _value(name: str, value: Any, is_text: bool, depth: int = 0) -> Any:
+    if isinstance(value, list) and depth < _DEEPEST:
+        return tuple(_value(name, item, is_text, depth + 1) for item in value)
+    if is_text or not isinstance(value, str):
         return value
     if value in ("inf", "-inf") or _EXPONENT.fullmatch(value):  # YAML takes the second for text
         return float(value)
     return tokens(name, value) if has_unit(value) else value
 
 
+_DEEPEST = 8
+"""Lists within lists that are read as tuples; damaged files may have hundreds."""
 _EXPONENT = re.compile(r"-?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -220,3 +226,16 @@ def _outside_quotes(text: str, part: str) -> Iterator[tuple[int, str]]:
         escaped = quoted and character == "\\" and not escaped
     if quoted:
         raise RopeScalingError(f"{text!r}: a quotation mark is not closed.")
+
+
+def from_calls(text: str) -> str:
+    """What rows say of a method, from the calls that earlier versions wrote: `yarn(factor=4, beta_fast=16)`."""
+    while (innermost := re.sub(r"(=?)(\w+)\(([^()]*)\)", _from_call, text)) != text:
+        text = innermost
+    return text.replace("\0", "(").replace("\1", ")").replace(" numbers>", " values>")
+
+
+def _from_call(call: re.Match[str]) -> str:
+    equals, name, values = call.groups()
+    text = f"{name}:{values.replace(', ', ',')}" if values else name
+    return f"=\0{text}\1" if equals else text

@@ -28,7 +28,8 @@ ALLOWED = {
     "frequencies": {"errors", "geometry", "notation"},
     "spans": {"errors", "frequencies", "geometry", "notation"},
     "temperatures": {"errors", "notation"},
-    "methods": {"errors", "frequencies", "lengths", "notation", "spans", "temperatures"},
+    "registry": {"errors", "frequencies", "notation", "spans", "temperatures"},
+    "methods": {"errors", "lengths", "notation", "registry"},
     "relative": {"errors", "geometry", "methods", "spans"},
     "attention": {"errors", "spans"},
     "training": {"errors"},
@@ -79,7 +80,7 @@ HEAVY = {
 }
 LIGHT_ROOMS = {
     *("errors", "version", "geometry", "frequencies", "spans", "temperatures", "methods", "relative", "attention"),
-    *("lengths", "notation", "__init__"),
+    *("lengths", "notation", "registry", "__init__"),
 }
 HOST_ROOMS = {"hf", "recipes", "eval", "cli"}
 

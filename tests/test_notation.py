@@ -33,7 +33,17 @@ from rope_scaling import (
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.record import check_record, method_from_record
 from rope_scaling.lengths import in_tokens, parse_lengths, tokens, tokens_or_multiple
-from rope_scaling.methods import Combination, from_dict, label, make_scaled, parse, patch_arguments, to_dict
+from rope_scaling.methods import (
+    Combination,
+    from_dict,
+    label,
+    make_scaled,
+    method_text,
+    parse,
+    patch_arguments,
+    to_dict,
+)
+from rope_scaling.notation import from_calls
 from rope_scaling.spans import SpanMethod
 
 
@@ -223,7 +233,7 @@ def test_names_in_any_case_and_spelling(name):
 
 
 def test_no_two_methods_have_names_that_are_spelt_alike():
-    from rope_scaling.methods import ALIASES, _letters
+    from rope_scaling.registry import ALIASES, _letters
 
     names = [*METHODS, *ALIASES]
     assert len({_letters(name) for name in names}) == len(names)
@@ -272,6 +282,8 @@ def test_what_is_no_data_of_a_method(data):
 def test_data_in_the_forms_of_a_recipe():
     both = Combination((("yarn", {"beta_fast": 16}), LogN()))
     assert from_dict([{"name": "YaRN", "beta_fast": 16}, "log_n"]) == both == parse("yarn:beta_fast=16+log_n")
+    with pytest.raises(RopeScalingError, match="`target_length` is given twice"):
+        from_dict(["yarn:target_length=256", {"name": "log_n", "target_length": 512}])
     assert from_dict({"name": "rerope", "window": "4k"}) == ReRope(window=4096)
     assert from_dict(yaml.safe_load("{name: abf, rope_theta: 1e6}")) == make_method("abf", rope_theta=1e6)
     wrapped = {"name": "resonance", "wrapped": {"name": "yarn", "factor": 4}}
@@ -402,6 +414,39 @@ def test_what_is_no_length(text):
 # What earlier versions wrote ----------------------------------------------------------------------------------------
 
 RECORDS = json.loads((GOLDEN / "format_2" / "records.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("yarn(factor=4, beta_fast=16)", "yarn:factor=4,beta_fast=16"),
+        ("self_extend(group_size=4) + log_n()", "self_extend:group_size=4 + log_n"),
+        ("resonance(wrapped=yarn(factor=2))", "resonance:wrapped=(yarn:factor=2)"),
+        (
+            "alternating(local=rerope(), everywhere=rerope(window=9))",
+            "alternating:local=(rerope),everywhere=(rerope:window=9)",
+        ),
+        ("longrope(factor=8, long_factor=<32 numbers>)", "longrope:factor=8,long_factor=<32 values>"),
+        ("not patched; arrived with llama3(factor=8)", "not patched; arrived with llama3:factor=8"),
+        ("not patched", "not patched"),
+    ],
+)
+def test_rows_of_earlier_versions_are_read_in_the_notation(before, now):
+    assert from_calls(before) == now == from_calls(now)
+    if "<" not in now and "not" not in now:
+        assert method_text_of(parse(now)) == now
+
+
+def method_text_of(methods):
+    return " + ".join(map(method_text, methods.methods if isinstance(methods, Combination) else [methods]))
+
+
+def test_a_run_of_before_and_one_of_now_say_the_same_of_a_method(tmp_path):
+    from rope_scaling.eval.rows import read_rows
+
+    lines = [{"in_effect": text, "method": "yarn"} for text in ("yarn(factor=4)", "yarn:factor=4")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"method": "costs"}])))
+    assert read_rows(tmp_path / "rows.jsonl") == [lines[1], lines[1], {"method": "costs"}]
 
 
 @pytest.mark.parametrize("case", RECORDS)
