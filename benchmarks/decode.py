@@ -80,7 +80,7 @@ def decode(model: torch.nn.Module, twin: torch.nn.Module, method: object) -> dic
     rotated = rotated_copies(patched)
     rope_scaling.unpatch(twin)
     stock_ms, patched_ms = 1000 * median(times[False]), 1000 * median(times[True])
-    return row(method_text(method).removesuffix("()")) | {
+    return row(method_text(method)) | {
         "context": CONTEXT,
         "tokens": TOKENS,
         "stock_ms": stock_ms,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.lengths import parse_lengths as parse_lengths
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,3 @@ def make_documents(
             "`--lengths`."
         )
     return Documents(items, skipped)
-
-
-def parse_lengths(parts: Iterable[str | int], trained_length: int) -> list[int]:
-    """Reads `1x`, `2x`, `16384`: multiples of the trained length, or tokens.
-
-    Raises:
-        RopeScalingError: a part is neither.
-    """
-    lengths = []
-    for part in map(str, parts):
-        multiple, _, rest = part.strip().lower().partition("x")
-        try:
-            value = float(multiple) * (trained_length if part.strip().lower().endswith("x") else 1)
-        except ValueError:
-            value = -1.0
-        if rest or not 1 <= value < 2**53:
-            raise RopeScalingError(f"`lengths` takes numbers of tokens or multiples such as '1x,2x'; got {part!r}.")
-        lengths.append(int(value))
-    return lengths

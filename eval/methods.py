@@ -1,26 +1,34 @@
-"""Methods as the command line names them, and which are swept when none is named."""
+"""The methods of a table: what is patched under which label, and which methods are swept when none is named."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
-from rope_scaling.errors import RopeScalingError, unknown_name
+from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
-from rope_scaling.hf.describe import method_text
 from rope_scaling.hf.loading import DEMO
-from rope_scaling.hf.patch import patch, patched
+from rope_scaling.hf.patch import patched
 from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record, method_from_record
-from rope_scaling.hf.resolve import NamedMethod
 from rope_scaling.hf.rotary import rotary_slots
-from rope_scaling.methods import METHODS, Method, method_class, required_fields
+from rope_scaling.methods import (
+    METHODS,
+    Combination,
+    Method,
+    NamedMethod,
+    from_dict,
+    label,
+    method_class,
+    method_text,
+    named_method,
+    parse,
+    patch_arguments,
+)
+from rope_scaling.notation import required_fields
 from rope_scaling.temperatures import Temperature
 
 
@@ -28,20 +36,16 @@ UNPATCHED = "unpatched"
 CROPPING = "cropping"
 """The two baselines of every table."""
 
-_LONGEST_LABEL = 40
-_TOGETHER = re.compile(r"\+(?=[a-z_]\w*(?:[:+]|$))")
-"""A `+` before the name of a method, and not within a number."""
-
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method, or several that go together, to evaluate: how it is called in tables, and what goes to `patch`."""
+    """A row of a table: its label, and what goes to `patch`."""
 
     label: str
     method: str | tuple[Method | NamedMethod, ...]
-    """A name, or method objects and names with their arguments."""
+    """A name, or method objects and names with their fields."""
     arguments: dict[str, Any]
-    """Of the name, or beside the objects."""
+    """Fields of the named method as plain data, and arguments of `patch`; those of `patch` alone beside objects."""
 
     @property
     def takes_factor(self) -> bool:
@@ -63,45 +67,40 @@ class MethodSpec:
         """The model under this method, with `factor` for those that are made for one and bring none."""
         if self.method == UNPATCHED:
             return nullcontext(model)
-        methods, arguments = self.patch_call(factor=factor if self.takes_factor else None)
-        return patched(model, *methods, **arguments)
+        return self.patched_to(model, factor if self.takes_factor else None)
 
-    def patch_call(self, **extent: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for `patch`: every way of patching by a text goes through here.
-
-        Args:
-            **extent: `factor`, `target_length` and `original_max_position_embeddings`, those that are `None` left out.
+    def patched_to(self, model: Any, factor: float | None) -> AbstractContextManager[Any]:
+        """The model under this method, with `factor` for the patch if there is one.
 
         Raises:
-            RopeScalingError: the method's text gives one of them as well, or another extent.
+            RopeScalingError: as `patch`, or the method's own text gives a factor or target length.
         """
-        given = {name: value for name, value in extent.items() if value is not None}
-        for names in ({"factor", "target_length"}, {"original_max_position_embeddings"}):
-            if (twice := sorted(names & given.keys())) and (own := sorted(names & self.arguments.keys())):
-                raise RopeScalingError(
-                    f"{self.label!r} sets `{own[0]}`, and `{twice[0]}` is given beside it. Give one of the two."
-                )
-        methods = (self.method,) if isinstance(self.method, str) else self.method
-        return methods, {**self.arguments, **given}
+        if isinstance(self.method, str):
+            method = from_dict({"name": self.method, **self.arguments})
+        else:
+            method = Combination(self.method, self.arguments)
+        methods, arguments = patch_arguments(method, factor=factor)
+        return patched(model, *methods, **arguments)
 
 
-def patch_by_text(model: Any, text: str, **extent: Any) -> Any:
-    """Patches a model in place by a method's text, as on the command line and in recipes.
-
-    Args:
-        model (`nn.Module`): A loaded Transformers model.
-        text (`str`): What `parse_method` reads: `yarn:beta_fast=16`, `yarn+log_n`.
-        **extent: `factor`, `target_length` and `original_max_position_embeddings`, as `patch` takes them; `None` is as
-            good as nothing.
-
-    Returns:
-        `nn.Module`: the model itself.
+def parse_method(text: str) -> MethodSpec:
+    """Reads methods as on the command line: `unpatched`, or what `rope_scaling.methods.parse` reads.
 
     Raises:
-        RopeScalingError: as `parse_method` and `patch`, or the text gives an extent as well.
+        RopeScalingError: as `parse`.
     """
-    methods, arguments = parse_method(text).patch_call(**extent)
-    return patch(model, *methods, **arguments)
+    if text == UNPATCHED:
+        return MethodSpec(UNPATCHED, UNPATCHED, {})
+    return _spec(parse(text))
+
+
+def _spec(method: Method | Combination) -> MethodSpec:
+    methods, extent = (method.methods, method.extent) if isinstance(method, Combination) else ((method,), {})
+    named = tuple(map(named_method, methods))
+    if len(named) > 1:
+        return MethodSpec(label(method), named, extent)
+    ((name, own),) = named
+    return MethodSpec(label(method), name, own | extent)
 
 
 def saved_method(model: Any) -> MethodSpec | None:
@@ -109,87 +108,29 @@ def saved_method(model: Any) -> MethodSpec | None:
     record = getattr(rotary_slots(model)[0].config, RECORD_KEY, None)
     if record is None:
         return None
-    methods = tuple(method_from_record(one) for one in check_record(record)["methods"])
-    extent = {"target_length": record["target_length"], "layer_types": record["layer_types"]}
-    original = record["original_max_position_embeddings"]
-    label = " + ".join(map(method_text, methods))
-    return MethodSpec(f"saved {label}", methods, extent | {"original_max_position_embeddings": original})
-
-
-def parse_method(text: str) -> MethodSpec:
-    """Reads `name`, `name:field=value,field=value` with JSON values, or `name:{...}` with a JSON object of fields.
-    Several that go together are joined by `+`, as in `self_extend:group_size=8+log_n`.
-
-    Raises:
-        RopeScalingError: a name is unknown, or what follows it is in neither form.
-    """
-    if text == UNPATCHED:
-        return MethodSpec(UNPATCHED, UNPATCHED, {})
-    # A long list of factors is no name for a line of a table.
-    names = "+".join(part.partition(":")[0] for part in _TOGETHER.split(text))
-    label = text if len(text) <= _LONGEST_LABEL else f"{names}:{sha256(text.encode()).hexdigest()[:6]}"
-    parts = tuple(_parse_part(part) for part in _TOGETHER.split(text))
-    return MethodSpec(label, *parts[0]) if len(parts) == 1 else MethodSpec(label, parts, {})
-
-
-def _parse_part(text: str) -> tuple[str, dict[str, Any]]:
-    name, _, rest = text.partition(":")
-    known = [field.name for field in fields(method_class(name))]
-    arguments = parse_arguments(text, rest)
-    for taken in {"model", "method"} & arguments.keys():  # what `patch` itself calls its first two
-        raise unknown_name(f"argument of {name!r}:", taken, known)
-    return name, arguments
-
-
-def parse_arguments(text: str, rest: str) -> dict[str, Any]:
-    """What follows a name on the command line: `field=value,field=value` with JSON values, or a JSON object.
-
-    Raises:
-        RopeScalingError: it is neither; the message quotes `text`.
-    """
-    return _json_arguments(text, rest) if rest.startswith("{") else _plain_arguments(text, rest)
-
-
-def _json_arguments(text: str, rest: str) -> dict[str, Any]:
-    try:
-        return json.loads(rest)
-    except json.JSONDecodeError as error:
-        raise RopeScalingError(f"{text!r}: what follows the name is no JSON object: {error}.") from error
-
-
-def _plain_arguments(text: str, rest: str) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise RopeScalingError(f"{text!r}: {part!r} is not `field=value`. Write it as in `yarn:beta_fast=16`.")
-        try:
-            arguments[key] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[key] = value
-    return arguments
+    record = check_record(record)
+    methods = tuple(method_from_record(method) for method in record["methods"])
+    extent = {name: record[name] for name in ("target_length", "layer_types", "original_max_position_embeddings")}
+    return MethodSpec(f"saved {' + '.join(map(method_text, methods))}", methods, extent)
 
 
 def default_methods(model: str, factor: float) -> list[MethodSpec]:
-    """Every method that needs no more than a factor, and those that wrap or need a list with values that suit.
+    """Every method that needs no more than a factor, and those that need other fields which are known.
 
     Args:
         model (`str`): Name of the model; the embedded one comes with LongRoPE factors searched for it.
         factor (`float`): What the methods will be patched with; those LongRoPE factors are for one factor alone.
     """
+    known = demo_longrope() if model == DEMO else {}
+    searched = known if known.get("factor") == factor else {}
     specs = []
-    searched = demo_longrope() if model == DEMO else {}
     for name, cls in METHODS.items():
-        needed = set(required_fields(cls)) - {"factor"}
-        if name == "resonance":
-            specs.append(MethodSpec("resonance(yarn)", name, {"wrapped": "yarn"}))
-        elif "long_factor" in needed:
-            if factor == searched.get("factor"):
-                specs.append(MethodSpec(name, name, {"long_factor": searched["long_factor"]}))
-        elif name == "self_extend":
-            specs.append(self_extend_to(factor))
-        elif not needed and not issubclass(cls, Temperature):
-            specs.append(MethodSpec(name, name, {}))
+        needed = [field for field in required_fields(cls) if field != "factor"]
+        if not issubclass(cls, Temperature) and all(field in searched for field in needed):
+            own = cls.sweep_fields(factor) | {field: searched[field] for field in needed}
+            spec = _spec(from_dict({"name": name, **own}))
+            # Searched fields are those of the model, and have no place in a label.
+            specs.append(replace(spec, label=name) if needed else spec)
     return specs
 
 
@@ -206,8 +147,8 @@ def applicable(model: Any, specs: list[MethodSpec], factor: float) -> tuple[list
 
 
 def self_extend_to(factor: float) -> MethodSpec:
-    """Self-Extend in groups that reach a length: G (L0 - w) + w with the default window of half the trained length."""
-    return parse_method(f"self_extend:group_size={max(math.ceil(2 * factor), 2)}")
+    """Self-Extend in groups that reach `factor` trained lengths."""
+    return _spec(from_dict({"name": "self_extend", **method_class("self_extend").sweep_fields(factor)}))
 
 
 def check_extent(model: Any, specs: list[MethodSpec], factor: float) -> None:
@@ -223,10 +164,7 @@ def check_extent(model: Any, specs: list[MethodSpec], factor: float) -> None:
                 f"The factor is {factor:g}, but {spec.label!r} brings its own. Give one of the two: leave `--factor` "
                 "and `--target-length` out, or the method's factor."
             )
-        methods, arguments = spec.patch_call(
-            factor=None if {"factor", "target_length"} & spec.arguments.keys() else factor
-        )
-        with patched(model, *methods, **arguments):
+        with spec.patched_to(model, None if {"factor", "target_length"} & spec.arguments.keys() else factor):
             pass
 
 

@@ -17,6 +17,7 @@ import torch
 from rope_scaling.eval.documents import Documents
 from rope_scaling.eval.intervals import estimate
 from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.notation import from_calls
 
 
 SCHEMA = 1
@@ -111,7 +112,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row | ({"in_effect": from_calls(row["in_effect"])} if "in_effect" in row else {}) for row in rows]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from rope_scaling.errors import RopeScalingError, unknown_name
-from rope_scaling.eval.methods import parse_arguments
 from rope_scaling.eval.tasks import TASKS, Task
+from rope_scaling.notation import read_fields
 from rope_scaling.strict import sentence, yaml_mapping
 
 
@@ -46,7 +46,7 @@ def parse_task(text: str) -> Task:
         RopeScalingError: as `make_task`, or what follows the name is in neither form.
     """
     name, _, rest = text.partition(":")
-    return make_task(name, parse_arguments(text, rest))
+    return make_task(name, read_fields(text, rest))
 
 
 def make_task(name: str, settings: Mapping[str, Any]) -> Task:

@@ -47,7 +47,7 @@ def write(recipe: Recipe, name: str, rows: list[dict[str, Any]], folder: Path) -
 | | |
 | --- | --- |
 | recipe | `{name}` |
-| method | {f"`{recipe.patch.method}`" if recipe.patch.method else "none"}{_factor(recipe)} |
+| method | {f"`{recipe.patch.methods}`" if recipe.patch.methods else "none"}{_factor(recipe)} |
 | trained | {"adapters (LoRA)" if recipe.lora else "all weights"} |
 | data | `{recipe.data.source}`, {recipe.data.layout}, sequences of {recipe.data.sequence_length:,} tokens |
 | tokens | {facts["trained_tokens"]:,} in {facts["steps"]:,} steps, {facts["minutes"]:.1f} minutes |

@@ -7,16 +7,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from rope_scaling.errors import RopeScalingError, unknown_name
-from rope_scaling.strict import sentence, unknown_field, yaml_mapping
+from rope_scaling.lengths import has_unit, multiple, tokens, tokens_or_multiple
+from rope_scaling.methods import Combination, Method, from_dict
+from rope_scaling.strict import sentence, unknown_field, unknown_first, yaml_mapping
 
 
 _STRICT = ConfigDict(extra="forbid")
+
+
+def _tokens(value: Any) -> Any:
+    return tokens("length", value) if isinstance(value, str) and has_unit(value) else value
+
+
+def _tokens_or_multiple(value: Any) -> Any:
+    if multiple(value) is not None:
+        return tokens_or_multiple("length", value)
+    if isinstance(value, str) and not (value.isdigit() or has_unit(value)):
+        raise PydanticCustomError("length", "input should be tokens such as 32768 or 32k, or a multiple such as 8x")
+    return _tokens(value)
+
+
+Tokens = Annotated[int, BeforeValidator(_tokens)]
+"""Tokens, as in 32768 or `32k`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +44,26 @@ class PatchConfig:
 
     __pydantic_config__ = _STRICT
 
-    method: str | None = None
-    """As on the command line: `yarn`, `yarn:beta_fast=16`, `rerope+log_n`."""
+    method: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+    """A mapping with the method's `name` and its fields, as in `{name: yarn, beta_fast: 16}`; a list of these; or text
+    as on the command line: `yarn`, `rerope+log_n`."""
     factor: float | None = None
     """Target length over what the model reads as it arrives."""
-    target_length: int | None = None
-    """The same in tokens."""
-    original_max_position_embeddings: int | None = None
+    target_length: Annotated[int | str, BeforeValidator(_tokens_or_multiple)] | None = None
+    """The same in tokens (`32768`, `32k`), or as `8x`."""
+    original_max_position_embeddings: Tokens | None = None
     """Trained length in tokens, where the model's config has none or a wrong one."""
     sliding_window: Literal["keep", "target"] | None = None
     """For models all of whose layers attend to a window: `target` widens it to the target, `keep` leaves it."""
+
+    @property
+    def methods(self) -> Method | Combination | None:
+        """What `method` names, if it names one.
+
+        Raises:
+            RopeScalingError: as `rope_scaling.methods.from_dict`.
+        """
+        return None if self.method is None else from_dict(self.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +80,17 @@ class DataConfig:
     layout: Literal["plain", "packed", "pose"] = "plain"
     """`plain`: one piece of a document a sequence. `packed`: several documents a sequence, isolated. `pose`: pieces
     whose positions skip ahead, up to the target length."""
-    sequence_length: int
+    sequence_length: Tokens
     """Tokens of a training sequence, with the BOS."""
-    min_length: int | None = None
+    min_length: Tokens | None = None
     """Shorter pieces are left out; by default all have the sequence's length (1 when packed)."""
     num_chunks: int = 2
     """Runs of consecutive positions, for `pose`."""
-    text_length: int | None = None
+    text_length: Tokens | None = None
     """Tokens of text from which a `pose` sequence draws its chunks; by default its own length."""
     short_share: float = 0.0
     """Share of tokens that come in sequences of `short_length`."""
-    short_length: int | None = None
+    short_length: Tokens | None = None
     short_source: str | None = None
     """By default the same documents."""
     max_sequences: int | None = None
@@ -101,7 +130,7 @@ class EvaluationConfig:
     """Cut each text into as many documents as it holds."""
     every: int | None = None
     """Also every so many steps while training, on two documents."""
-    chunk_size: int = 2048
+    chunk_size: Tokens = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +147,9 @@ class Recipe:
     patch: PatchConfig = field(default_factory=PatchConfig)
     data: DataConfig
     lora: LoraConfig | None = None
-    s2_group_size: int | None = None
+    s2_group_size: Tokens | None = None
     """Tokens of a group of S2 attention, while training."""
-    chunk_size: int | None = 512
+    chunk_size: Tokens | None = 512
     """Tokens whose logits stand in memory at once; `null` for the model's own loss."""
     train_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the weights that are trained; frozen ones are held in it too. `auto`: the checkpoint's, or float32 on a
@@ -178,7 +207,7 @@ def make_recipe(data: dict[str, Any]) -> Recipe:
     try:
         recipe = TypeAdapter(Recipe).validate_python(data)
     except ValidationError as error:
-        raise RopeScalingError(" ".join(_sentence(one) for one in error.errors()[:3])) from None
+        raise RopeScalingError(" ".join(map(_sentence, unknown_first(error.errors())[:3]))) from None
     return dataclasses.replace(recipe, training=training_fields(recipe.training))
 
 

@@ -119,7 +119,7 @@ class Measured:
             "task": "finetune",
             "recipe": self.name,
             "model": self.recipe.model,
-            "method": self.recipe.patch.method,
+            "method": None if (methods := self.recipe.patch.methods) is None else str(methods),
             "factor": self.recipe.patch.factor,
             "layout": self.recipe.data.layout,
             "sequence_length": self.recipe.data.sequence_length,

@@ -39,7 +39,7 @@ def make_plan(recipe: Recipe, with_data: bool = True) -> dict[str, str]:
     batch = rows * arguments.gradient_accumulation_steps * max(arguments.world_size, 1)
     plan = {
         "model": f"{recipe.model}, {counted / 1e6:,.1f}M parameters",
-        "patch": f"{recipe.patch.method or 'none'}: reads {trained:,} tokens, is to read {target:,}",
+        "patch": f"{recipe.patch.methods or 'none'}: reads {trained:,} tokens, is to read {target:,}",
         "trained": f"{learning / 1e6:,.1f}M parameters ({learning / counted:.1%}) in {dtype_name}",
         "sequences": f"{recipe.data.sequence_length:,} tokens, {recipe.data.layout}",
         "batch": f"{batch} sequences a step on {arguments.world_size} device{'s' * (arguments.world_size > 1)}",

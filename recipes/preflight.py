@@ -72,7 +72,7 @@ def check_patched(recipe: Recipe, model: Any, tokenizer: Any, target_length: int
     shards = [name for name in ("cp_size", "sp_size") if recipe.parallelism.get(name, 1) > 1]
     if shards and in_attention:
         raise RopeScalingError(
-            f"`patch.method={recipe.patch.method}` decides what attention computes, and so does "
+            f"`patch.method={recipe.patch.methods}` decides what attention computes, and so does "
             f"`parallelism.{shards[0]}`. Train with a frequency method."
         )
     parameters = rope_parameters_of(config) or {}

@@ -23,7 +23,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import parse_lengths
 from rope_scaling.eval.identity import weights_sha256
-from rope_scaling.eval.methods import patch_by_text
 from rope_scaling.hf.adapters import record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
 from rope_scaling.hf.describe import read_description
@@ -39,6 +38,8 @@ from rope_scaling.hf.loading import (
 )
 from rope_scaling.hf.patch import patch, patch_record, patched_in_attention
 from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
+from rope_scaling.lengths import in_tokens
+from rope_scaling.methods import patch_arguments
 from rope_scaling.recipes import card
 from rope_scaling.recipes.callbacks import Epochs, PositionLosses, StopOnInterrupt, memory_gb
 from rope_scaling.recipes.checkpoints import WholeCheckpoints, check_folder, last_checkpoint, run_facts, saving
@@ -274,7 +275,8 @@ def config_of(recipe: Recipe) -> Any:
     wanted, text = recipe.patch, config.get_text_config()
     if wanted.sliding_window == "target":
         trained = wanted.original_max_position_embeddings or text.max_position_embeddings
-        text.sliding_window = wanted.target_length or int(trained * (wanted.factor or 1))
+        target = wanted.target_length or int(trained * (wanted.factor or 1))
+        text.sliding_window = in_tokens("target_length", target, trained)
     return config
 
 
@@ -294,17 +296,17 @@ def apply_patch(recipe: Recipe, model: Any) -> int:
         RopeScalingError: the model carries another patch, or the method does not suit it.
     """
     wanted, carried = recipe.patch, patch_record(model)
-    if wanted.method is None:
+    if wanted.methods is None:
         if carried is not None:
             patch(model)
         return max(slot.target_length for slot in read_description(model).slots)
-    patch_by_text(
-        model,
-        wanted.method,
+    methods, arguments = patch_arguments(
+        wanted.methods,
         factor=wanted.factor,
         target_length=wanted.target_length,
         original_max_position_embeddings=wanted.original_max_position_embeddings,
     )
+    patch(model, *methods, **arguments)
     if carried is not None and patch_record(model) != carried:
         raise RopeScalingError(
             f"The model {recipe.model!r} was saved under another patch than the recipe's "

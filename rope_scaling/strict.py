@@ -36,11 +36,20 @@ def sentence(error: Any, owner: str, cls: type) -> str:
         cls (`type`): The dataclass whose fields may be meant.
     """
     path = ".".join(map(str, error["loc"]))
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in _UNKNOWN:
         return str(unknown_field(path, owner, [one.name for one in dataclasses.fields(cls)]))
     if error["type"].startswith("missing"):
         return f"The {owner} lacks `{path}`."
     return f"`{path}`: {error['msg'][0].lower()}{error['msg'][1:]}; got {error['input']!r}."
+
+
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""What pydantic calls a field that it does not know."""
+
+
+def unknown_first(errors: list[Any]) -> list[Any]:
+    """Pydantic's errors with unknown fields first: a misspelt one is the reason why another is missing."""
+    return sorted(errors, key=lambda error: error["type"] not in _UNKNOWN)
 
 
 def unknown_field(path: str, owner: str, known: Iterable[str]) -> RopeScalingError:

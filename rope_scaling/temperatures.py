@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 
 from rope_scaling.errors import check_number, keep_whole
+from rope_scaling.notation import MethodBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Temperature(ABC):
+class Temperature(MethodBase, ABC):
     """Multiplies the whole query, and so every logit of its row, by a function of the query's position."""
 
     name: ClassVar[str] = ""

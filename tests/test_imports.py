@@ -23,26 +23,45 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "geometry": {"errors"},
-    "frequencies": {"errors", "geometry"},
-    "spans": {"errors", "frequencies", "geometry"},
-    "temperatures": {"errors"},
-    "methods": {"errors", "frequencies", "spans", "temperatures"},
+    "lengths": {"errors"},
+    "notation": {"errors", "lengths"},
+    "frequencies": {"errors", "geometry", "notation"},
+    "spans": {"errors", "frequencies", "geometry", "notation"},
+    "temperatures": {"errors", "notation"},
+    "registry": {"errors", "frequencies", "notation", "spans", "temperatures"},
+    "methods": {"errors", "lengths", "notation", "registry"},
     "relative": {"errors", "geometry", "methods", "spans"},
     "attention": {"errors", "spans"},
     "training": {"errors"},
     "strict": {"errors"},
     "texts": {"demo", "errors"},
-    "hf": {"attention", "errors", "frequencies", "geometry", "methods", "spans", "temperatures", "training"},
+    "hf": {
+        *(
+            "attention",
+            "errors",
+            "frequencies",
+            "geometry",
+            "methods",
+            "notation",
+            "spans",
+            "temperatures",
+            "training",
+        ),
+    },
     "demo": {"errors", "hf"},
     "recipes": {
-        *("__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf", "strict", "texts", "training"),
-        "version",
+        *("__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf", "lengths", "methods", "strict"),
+        *("texts", "training", "version"),
     },
     "eval": {
-        *("errors", "demo", "frequencies", "geometry", "hf", "methods", "relative", "spans", "strict"),
-        *("temperatures", "version"),
+        *("errors", "demo", "frequencies", "geometry", "hf", "lengths", "methods", "notation", "relative", "spans"),
+        *("strict", "temperatures", "version"),
     },
-    "cli": {"errors", "frequencies", "geometry", "hf", "methods", "relative", "texts"},
+    "cli": {
+        *("errors", "eval", "frequencies", "geometry", "hf", "lengths", "methods", "recipes", "relative", "texts"),
+        "version",
+    },
+    "__main__": {"cli"},
     "__init__": {
         *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),
     },
@@ -61,7 +80,7 @@ HEAVY = {
 }
 LIGHT_ROOMS = {
     *("errors", "version", "geometry", "frequencies", "spans", "temperatures", "methods", "relative", "attention"),
-    "__init__",
+    *("lengths", "notation", "registry", "__init__"),
 }
 HOST_ROOMS = {"hf", "recipes", "eval", "cli"}
 

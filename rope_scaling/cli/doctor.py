@@ -6,18 +6,24 @@ import dataclasses
 import json
 import sys
 
+from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.doctor import Diagnosis, diagnose
+from rope_scaling.lengths import in_tokens
 
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
-def run(model: str, target_length: int | None, original_length: int | None, targets: list[str], as_json: bool) -> None:
+def run(
+    model: str, target_length: int | str | None, original_length: int | None, targets: list[str], as_json: bool
+) -> None:
     """Shows what is found, and exits with status 1 if it is more than notes.
 
     Raises:
-        RopeScalingError: there is nothing to read.
+        RopeScalingError: there is nothing to read, or nothing that `target_length` could be a multiple of.
     """
+    if isinstance(target_length, str):
+        target_length = _in_tokens(target_length, model, original_length)
     diagnosis = diagnose(model, target_length, targets, original_length)
     if as_json:
         rows = [{**dataclasses.asdict(finding), "title": finding.title} for finding in diagnosis.findings]
@@ -25,6 +31,17 @@ def run(model: str, target_length: int | None, original_length: int | None, targ
     else:
         _show(diagnosis)
     sys.exit(0 if diagnosis.healthy else 1)
+
+
+def _in_tokens(target_length: str, model: str, original_length: int | None) -> int:
+    """A length such as `8x` in tokens, from what the checkpoint reads as loaded."""
+    description = diagnose(model, original_max_position_embeddings=original_length).description
+    if description is None:
+        raise RopeScalingError(
+            f"`--target-length {target_length}` is a multiple of the length that {model!r} reads, and its config does "
+            "not tell. Give it in tokens, such as 32k."
+        )
+    return in_tokens("target_length", target_length, max(slot.reach for slot in description.slots))
 
 
 def _show(diagnosis: Diagnosis) -> None:

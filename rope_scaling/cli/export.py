@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+from rope_scaling.cli.options import patch_by_options
 from rope_scaling.errors import RopeScalingError
-
-
-def patch_as_asked(
-    model: Any,
-    method: str | None,
-    factor: float | None,
-    target_length: int | None,
-    original_length: int | None = None,
-) -> None:
-    """Patches by what stands on the command line.
-
-    Raises:
-        RopeScalingError: a factor or length without a method, or as `patch`.
-    """
-    extent = {
-        "factor": factor,
-        "target_length": target_length,
-        "original_max_position_embeddings": original_length,
-    }
-    if method is not None:
-        importlib.import_module("rope_scaling.eval.methods").patch_by_text(model, method, **extent)
-    elif given := [f"--{name.replace('_', '-')}" for name, value in extent.items() if value is not None]:
-        names = " and ".join(f"`{name}`" for name in given)
-        raise RopeScalingError(f"{names} can only be given with `--method`.")
 
 
 def run(
     name: str,
     target: str,
+    *,
     out: Path | None,
     method: str | None,
     factor: float | None,
-    target_length: int | None,
+    target_length: int | str | None,
     original_length: int | None,
     adapter: str | None,
     dtype: str,
@@ -49,7 +26,7 @@ def run(
     """Writes the folder, or prints the keys; see the command's help for the arguments.
 
     Raises:
-        RopeScalingError: anything that the user can mend.
+        RopeScalingError: anything that the user can fix.
     """
     from rope_scaling.hf.export import TARGETS, config_overrides, export
     from rope_scaling.hf.loading import load_model, load_skeleton, load_tokenizer
@@ -70,7 +47,7 @@ def run(
         from rope_scaling.hf.adapters import load_adapter
 
         model = load_adapter(adapter, model).merge_and_unload()
-    patch_as_asked(model, method, factor, target_length, original_length)
+    patch_by_options(model, method, factor, target_length, original_length)
     if out is None:
         print(json.dumps(config_overrides(model, target)))
         return

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from rope_scaling.cli import export as exporting
 from rope_scaling.cli import plot
-from rope_scaling.cli.export import patch_as_asked
+from rope_scaling.cli.options import ORIGINAL, TARGET_LENGTH, Command, length_parser, patch_by_options
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.version import __version__
 
 
 app = typer.Typer(
@@ -26,18 +26,22 @@ app = typer.Typer(
 
 
 DTYPE_HELP = "auto (the checkpoint's, or float32 on a processor that is slow in it), float32, bfloat16 or float16."
-ORIGINAL = Annotated[
-    Optional[int],
-    typer.Option(
-        "--original-max-position-embeddings",
-        help="Trained length in tokens, where the config has none or a wrong one (Qwen3: 32768).",
-        min=1,
-    ),
-]
-"""An option of several commands."""
-
-
 app.add_typer(plot.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rope-scaling {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
@@ -151,7 +155,7 @@ def report(
     raise typer.Exit(command.run(run, output, mixed, fail_if or []))
 
 
-@app.command()
+@app.command(cls=Command)
 def methods() -> None:
     """List the methods there are, in one screen."""
     from rich.console import Console
@@ -171,7 +175,7 @@ def methods() -> None:
     print("Try one: rope-scaling describe demo --method yarn --factor 8 --pairs")
 
 
-@app.command()
+@app.command(cls=Command)
 def finetune(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file. Without it, a list of them.")] = "",
     overrides: Annotated[
@@ -184,14 +188,15 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and check it.")] = False,
 ) -> None:
     """Train a patched model on longer texts by a recipe."""
-    work = importlib.import_module("rope_scaling.cli.finetune")
+    from rope_scaling.cli.finetune import run, show_recipes
+
     if recipe:
-        work.run(recipe, overrides or [], output_dir, resume, dry_run)
+        run(recipe, overrides or [], output_dir, resume, dry_run)
     else:
-        work.show_recipes()
+        show_recipes()
 
 
-@app.command()
+@app.command(cls=Command)
 def describe(
     model: Annotated[
         str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id; its weights are not loaded.")
@@ -199,7 +204,7 @@ def describe(
     pairs: Annotated[bool, typer.Option(help="Also print the table of every rotated pair.")] = False,
     method: Annotated[Optional[str], typer.Option(help="Show what this method would do.")] = None,
     factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
-    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    target_length: TARGET_LENGTH = None,
     original_length: ORIGINAL = None,
 ) -> None:
     """Say which scaling a model has, with the patch that it was saved with, or would have under a method."""
@@ -207,11 +212,11 @@ def describe(
     from rope_scaling.hf.loading import load_skeleton
 
     skeleton = load_skeleton(model)
-    patch_as_asked(skeleton, method, factor, target_length, original_length)
+    patch_by_options(skeleton, method, factor, target_length, original_length)
     describe_model(skeleton, pairs=pairs)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     model: Annotated[str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id.")],
     target: Annotated[str, typer.Option(help="transformers, transformers-v4, vllm, sglang or llama.cpp.")],
@@ -222,7 +227,7 @@ def export(
         Optional[str], typer.Option(help="Patch with this first. [default: as the model was saved]")
     ] = None,
     factor: Annotated[Optional[float], typer.Option(help="Factor for the method.")] = None,
-    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    target_length: TARGET_LENGTH = None,
     original_length: ORIGINAL = None,
     gguf: Annotated[
         Optional[Path], typer.Option(help="A GGUF file of the model: `--out` is a copy of it with the scaling inside.")
@@ -231,14 +236,32 @@ def export(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write a patched model for a server that does not know this library."""
-    exporting.run(model, target, out, method, factor, target_length, original_length, adapter, dtype, gguf)
+    from rope_scaling.cli.export import run
+
+    run(
+        model,
+        target,
+        out=out,
+        method=method,
+        factor=factor,
+        target_length=target_length,
+        original_length=original_length,
+        adapter=adapter,
+        dtype=dtype,
+        gguf=gguf,
+    )
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(
     model: Annotated[str, typer.Argument(help="'demo', a folder (an adapter's too), or a hub id; no weights needed.")],
     target_length: Annotated[
-        Optional[int], typer.Option(help="Length that it is to read. [default: what its config states]")
+        Optional[str],
+        typer.Option(
+            help="Length that it is to read. [default: what its config states]",
+            parser=length_parser("target_length"),
+            metavar="<length>",
+        ),
     ] = None,
     original_length: ORIGINAL = None,
     target: Annotated[
@@ -247,9 +270,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what is wrong with the scaling of a checkpoint; exit with status 1 if anything is."""
-    importlib.import_module("rope_scaling.cli.doctor").run(
-        model, target_length, original_length, target or [], as_json
-    )
+    from rope_scaling.cli.doctor import run
+
+    run(model, target_length, original_length, target or [], as_json)
 
 
 def main(arguments: list[str] | None = None) -> Any:

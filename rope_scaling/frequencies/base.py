@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
 from rope_scaling.errors import RopeScalingError, check_number
 from rope_scaling.geometry import RopeGeometry, default_inv_freq
+from rope_scaling.notation import MethodBase, changed_fields
 
 
 # The host divides by its factor list in float32; this much gives a frequency of zero there, and is still valid JSON.
@@ -18,7 +19,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequencyMethod(ABC):
+class FrequencyMethod(MethodBase, ABC):
     """Changes how fast each pair of a rotary model turns; nothing else, and at no cost at run time."""
 
     name: ClassVar[str]
@@ -69,6 +70,28 @@ class FrequencyMethod(ABC):
         """
         inv_freq, attention_factor = self.frequencies(geometry)
         return longrope_parameters(geometry, inv_freq, attention_factor, getattr(self, "factor", None))
+
+    def on_top(self, inv_freq: torch.Tensor) -> torch.Tensor:
+        """What a method that wraps another does to that method's frequencies; nothing, for all others.
+
+        Args:
+            inv_freq (`torch.Tensor`): Frequencies of the wrapped method, `[R / 2]`, float64.
+        """
+        return inv_freq
+
+    def after(self, earlier: FrequencyMethod) -> FrequencyMethod | None:
+        """One method that does what `earlier` and this one do one after the other, or `None` if there is none.
+
+        The same method with the factors multiplied, where both have one. Other fields are those of this method where
+        they were set.
+
+        Args:
+            earlier (`FrequencyMethod`): The scaling that a checkpoint is loaded with.
+        """
+        if type(earlier) is not type(self) or not any(field.name == "factor" for field in fields(self)):
+            return None
+        factors = [getattr(method, "factor", None) or 1.0 for method in (earlier, self)]
+        return replace(earlier, **{**changed_fields(self), "factor": factors[0] * factors[1]})
 
 
 def longrope_parameters(

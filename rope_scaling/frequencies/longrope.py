@@ -58,6 +58,9 @@ class LongRope(FrequencyMethod):
         attention_factor = self.attention_factor or math.sqrt(1 + math.log(self.factor) / math.log(length))
         return default_inv_freq(geometry) / torch.tensor(factors, dtype=torch.float64), attention_factor
 
+    def after(self, earlier: FrequencyMethod) -> None:
+        """None: lists are for one factor, and say nothing about the product of two."""
+
 
 def check_factors(name: str, factors: Any) -> tuple[float, ...]:
     """Factors of pairs as numbers above 0; the largest of float32 makes a pair stand still.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,7 @@ class Resonance(FrequencyMethod):
     paper: ClassVar[str] = "https://huggingface.co/papers/2403.00071"
     changes: ClassVar[str] = "whole-token wavelengths, on another"
     needs_training: ClassVar[str] = "helps"
+    wrapped_field: ClassVar[str] = "wrapped"
 
     wrapped: FrequencyMethod | None = None
     """The method below; the pretrained frequencies if not given."""
@@ -45,7 +46,14 @@ class Resonance(FrequencyMethod):
         inv_freq, attention_factor = (
             self.wrapped.frequencies(geometry) if self.wrapped else (default_inv_freq(geometry), 1.0)
         )
-        return whole_wavelengths(inv_freq), attention_factor
+        return self.on_top(inv_freq), attention_factor
+
+    def on_top(self, inv_freq: torch.Tensor) -> torch.Tensor:
+        return whole_wavelengths(inv_freq)
+
+    @classmethod
+    def sweep_fields(cls, factor: float) -> dict[str, Any]:
+        return {"wrapped": "yarn"}
 
 
 def whole_wavelengths(inv_freq: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,9 @@ from rope_scaling.hf.loud import is_loud
 from rope_scaling.hf.overlay import Overlay, lay_over
 from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
 from rope_scaling.hf.pretrained import RECORD_KEY, text_config
+from rope_scaling.hf.record import check_record, method_from_record
 from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.methods import method_text
 
 
 HINT_KEY = "load this adapter with rope_scaling.load_adapter"
@@ -110,7 +112,7 @@ def load_adapter(
     own = patch_record(model)
     if own is None:
         patch_as_recorded(model, record)
-    elif own != json.loads(json.dumps(record)):
+    elif own != json.loads(json.dumps(check_record(record))):
         raise RopeScalingError(
             f"The adapter {str(name)!r} was trained under {_text(record)}, and the base model carries "
             f"{_text(own)}. `unpatch` it first; the adapter brings its own."
@@ -172,8 +174,5 @@ def _adapter_config(name: str) -> dict[str, Any]:
 
 
 def _text(record: dict[str, Any]) -> str:
-    methods = ", ".join(
-        f"{one['name']}({', '.join(f'{key}={value}' for key, value in sorted(one.items()) if key != 'name')})"
-        for one in record["methods"]
-    )
+    methods = " + ".join(method_text(method_from_record(one)) for one in check_record(record)["methods"])
     return f"{methods} to {record['target_length']} tokens"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from rope_scaling.errors import RopeScalingError, unknown_name
+from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.hf.configs import config_of
 from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, V4, in_older_form, is_reworded, older_keys
@@ -30,14 +31,6 @@ from rope_scaling.hf.targets import (
     stated_as_it_is,
     why_not_computed,
 )
-
-
-_NEAREST = {
-    "dynamic_yarn": "yarn",
-    "dynamic_ntk": "ntk",
-    "dynamic_linear": "linear",
-    "dynamic_longrope": "longrope",
-}
 
 
 def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
@@ -110,10 +103,10 @@ def check_exportable(model: nn.Module, target: str) -> None:
     slots = rotary_slots(model)
     applied = applied_patch(slots)
     if applied is not None and applied.programs:
-        name = next(method.name for method in applied.methods if method.name)
+        method = next(one for one in applied.methods if not isinstance(one, FrequencyMethod))
         raise RopeScalingError(
-            f"{name!r} changes attention, and {TARGETS[target]} knows frequencies only. The nearest that can be "
-            f"exported: {_NEAREST.get(name, 'yarn')!r} at the target length."
+            f"{method.written_name!r} changes attention, and {TARGETS[target]} knows frequencies only. The nearest "
+            f"that can be exported: {method.nearest_static!r} at the target length."
         )
     if not slots[0].in_config:
         raise RopeScalingError(

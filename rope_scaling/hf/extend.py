@@ -10,11 +10,11 @@ import torch
 from rope_scaling.errors import RopeScalingError, check_length
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.frequencies.base import longrope_parameters
-from rope_scaling.frequencies.resonance import Resonance, whole_wavelengths
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.pretrained import Pretrained, changed_fields, config_with, factor_of, host_frequencies
+from rope_scaling.hf.pretrained import Pretrained, config_with, host_frequencies
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.methods import factor_of
 
 
 _TOLERANCE = 2e-6
@@ -144,14 +144,14 @@ def closed_form(
         inv_freq, attention_factor = method.frequencies(geometry)
         arithmetic = f"{method.name} over {length} trained tokens"
         return inv_freq, attention_factor, method.rope_parameters(geometry), arithmetic
-    if isinstance(method, Resonance):
-        # Rounding comes last, or the wavelengths would not be whole.
+    if method.wrapped_field:
+        # It comes last: what Resonance rounds would not be whole after another multiplication.
+        wrapped = getattr(method, method.wrapped_field)
         kept = pretrained.inv_freq.double(), pretrained.attention_factor, None, f"arrived with {arrived.name}; kept"
-        inv_freq, attention_factor, _, arithmetic = closed_form(pretrained, method.wrapped) if method.wrapped else kept
-        return whole_wavelengths(inv_freq), attention_factor, None, f"{arithmetic}; wavelengths rounded"
-    if type(arrived) is type(method) and hasattr(method, "factor") and method.name != "longrope":
+        inv_freq, attention_factor, _, arithmetic = closed_form(pretrained, wrapped) if wrapped else kept
+        return method.on_top(inv_freq), attention_factor, None, f"{arithmetic}; then {method.name}"
+    if (merged := method.after(arrived)) is not None:
         before, more = factor_of(arrived), factor_of(method)
-        merged = replace(arrived, **{**changed_fields(method), "factor": before * more})
         inv_freq, attention_factor = merged.frequencies(geometry)
         arithmetic = (
             f"arrived with {arrived.name} x{before:g} over {length} tokens; "

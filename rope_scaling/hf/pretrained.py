@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rope_types import check_types, with_static_base
 from rope_scaling.hf.rotary import Slot
 from rope_scaling.hf.tables import TableSlot, rope_parameters_of
-from rope_scaling.methods import Method, method_class
+from rope_scaling.methods import factor_of, method_class
+from rope_scaling.methods import method_text as method_text
+from rope_scaling.notation import changed_fields as changed_fields
 
 
 RECORD_KEY = "rope_scaling_patch"
@@ -269,31 +271,3 @@ def _arrived_method(
     # A factor that is only the default written out must not outlive a change of the scale it was computed for.
     same = abs(method.inv_freq(geometry)[1] - without.inv_freq(geometry)[1]) < 1e-6
     return without if same else method
-
-
-def changed_fields(method: Method) -> dict[str, Any]:
-    """The fields of a method that differ from their defaults, and those that have none."""
-    values = {field.name: getattr(method, field.name) for field in fields(method)}
-    defaults = {field.name: field.default for field in fields(method) if field.default is not MISSING}
-    made = {field.name: field.default_factory() for field in fields(method) if field.default_factory is not MISSING}
-    defaults |= made
-    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-
-
-def method_text(method: Any) -> str:
-    """A method as one would write it: `yarn(factor=4)`; lists are shortened to their length."""
-    fields = ", ".join(f"{name}={_value_text(value)}" for name, value in changed_fields(method).items())
-    return f"{method.name or type(method).__name__}({fields})"
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, Method):
-        return method_text(value)
-    if isinstance(value, tuple):
-        return f"<{len(value)} numbers>"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def factor_of(method: Any) -> float:
-    """How much further a method reads; 1 for one that is not made for a length."""
-    return getattr(method, "factor", None) or 1.0

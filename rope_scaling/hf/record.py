@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError, is_number
-from rope_scaling.methods import METHODS, Method, make_method
+from rope_scaling.methods import METHODS, Method, make_method, to_dict
 
 
 ACTIVATION_KEYS = ("hidden_act", "activation_function")
 """Names under which configs state the activation function."""
-_FORMAT = 2
+FORMAT = 3
+"""Of the record. Format 2 wrote infinite numbers of a list as `null`."""
 _KEYS = {"format", "methods", "target_length", "layer_types", "original_max_position_embeddings", "pretrained"}
 
 
-def method_to_record(method: Method) -> dict[str, Any]:
-    """A method as plain data: its name and every field; without those that are `None`, if that is their default."""
-    values = {field.name: getattr(method, field.name) for field in fields(method)}
-    left_out = {field.name for field in fields(method) if field.default is None and values[field.name] is None}
-    return {
-        "name": method.name or type(method).__name__,
-        **{name: _plain(value) for name, value in values.items() if name not in left_out},
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Method):
-        return method_to_record(value)
-    # JSON has no infinity; a pair that a clip leaves alone has one.
-    return [None if item == math.inf else item for item in value] if isinstance(value, tuple) else value
-
-
 def method_from_record(record: Any) -> Method:
-    """The method that `method_to_record` wrote.
+    """The method that a record holds as plain data.
 
     Raises:
         RopeScalingError: the record is not one, or names a method or field that this version does not know.
@@ -44,16 +26,13 @@ def method_from_record(record: Any) -> Method:
         raise RopeScalingError(f"A method's record must be a mapping with a `name`; got {record!r}.")
     if record["name"] not in METHODS:
         raise RopeScalingError(
-            f"Unknown method {record['name']!r} in the config's record of the patch. If it is "
-            f"your own, add it first: `rope_scaling.METHODS[{record['name']!r}] = YourMethod`."
+            f"Unknown method {record['name']!r} in the config's record of the patch. If it is a custom one, add it "
+            f"first: `rope_scaling.METHODS[{record['name']!r}] = YourMethod`."
         )
-    return make_method(record["name"], **{key: _made(value) for key, value in record.items() if key != "name"})
+    return make_method(record["name"], **{key: value for key, value in record.items() if key != "name"})
 
 
-def _made(value: Any) -> Any:
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        return method_from_record(value)
-    return tuple(math.inf if item is None else item for item in value) if isinstance(value, list) else value
+method_to_record = to_dict
 
 
 def make_record(
@@ -65,8 +44,8 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of a whole patch, as plain data that a config can hold."""
     return {
-        "format": _FORMAT,
-        "methods": [method_to_record(method) for method in methods],
+        "format": FORMAT,
+        "methods": [to_dict(method) for method in methods],
         "target_length": target_length,
         "layer_types": layer_types,
         "original_max_position_embeddings": original_length,
@@ -75,7 +54,7 @@ def make_record(
 
 
 def check_record(record: Any) -> dict[str, Any]:
-    """`record` if this version can read it.
+    """A record in the form that this version writes, from one that it can read.
 
     Raises:
         RopeScalingError: it is not a record, or one of a later format.
@@ -84,14 +63,23 @@ def check_record(record: Any) -> dict[str, Any]:
         raise RopeScalingError(
             f"The config's patch record is damaged: it must have {', '.join(sorted(_KEYS))}; got {record!r}."
         )
-    if record["format"] != _FORMAT:
+    if record["format"] not in (2, FORMAT):
         raise RopeScalingError(
-            f"The config's patch record has format {record['format']!r}; this version reads {_FORMAT}. Update "
+            f"The config's patch record has format {record['format']!r}; this version reads 2 and {FORMAT}. Update "
             "rope-scaling."
         )
     if damage := _damage(record):
         raise RopeScalingError(f"The config's patch record is damaged: {damage}.")
-    return record
+    if record["format"] == FORMAT:
+        return record
+    return {**record, "format": FORMAT, "methods": [_from_format_2(method) for method in record["methods"]]}
+
+
+def _from_format_2(value: Any) -> Any:
+    """Plain data of a method with infinity in the place of `null` in lists."""
+    if isinstance(value, dict):
+        return {key: _from_format_2(item) for key, item in value.items()}
+    return ["inf" if item is None else item for item in value] if isinstance(value, list) else value
 
 
 def _damage(record: dict[str, Any]) -> str:

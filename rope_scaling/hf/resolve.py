@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 from rope_scaling.errors import RopeScalingError, check_length, check_number, unknown_name
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.rotary import Slot
-from rope_scaling.methods import Method, make_method, method_class
+from rope_scaling.methods import Method, NamedMethod, make_scaled
 from rope_scaling.spans import SpanMethod
 from rope_scaling.temperatures import Temperature
-
-
-NamedMethod: TypeAlias = tuple[str, dict[str, Any]]
-"""A method's name and fields; the factor may be left to the patch."""
 
 
 def choose_slots(slots: list[Slot], wanted: str | Sequence[str] | None) -> list[Slot]:
@@ -92,7 +88,7 @@ def resolve_methods(
             )
     wanted = factor if factor is not None else target_length / reach if target_length is not None else None
     if len(given) == 1 and isinstance(given[0], str):
-        methods = [_make_method(given[0], wanted, arguments)]
+        methods = [make_scaled(given[0], wanted, arguments)]
     else:
         methods = _method_objects(given, wanted)
         if arguments:
@@ -146,27 +142,12 @@ def _name(method: Any) -> str:
     return getattr(method, "name", "") or type(method).__name__
 
 
-def _make_method(name: str, factor: float | None, arguments: dict[str, Any]) -> Method:
-    inner = arguments.get("wrapped", name)
-    cls = method_class(inner if isinstance(inner, str) else name)
-    factors = [field for field in fields(cls) if field.name == "factor"]
-    if factors and factor is not None:
-        arguments = {"factor": factor, **arguments}
-    elif factors and factors[0].default is MISSING and "factor" not in arguments:
-        method_class(name)
-        raise RopeScalingError(
-            f"{name!r} needs to know how far: give `factor` or `target_length`, "
-            f"as in `patch(model, {name!r}, factor=4)`."
-        )
-    return make_method(name, **arguments)
-
-
 def _is_named(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)
 
 
 def _method_objects(given: Sequence[Any], factor: float | None) -> list[Method]:
-    made = [_make_method(item[0], factor, item[1]) if _is_named(item) else item for item in given]
+    made = [make_scaled(item[0], factor, item[1]) if _is_named(item) else item for item in given]
     flat = [one for item in made for one in (item if isinstance(item, (list, tuple)) else [item])]
     for one in flat:
         if isinstance(one, str) and len(flat) > 1:

@@ -12,6 +12,7 @@ import torch
 from rope_scaling.devices import constant_on
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.geometry import RopeGeometry
+from rope_scaling.notation import MethodBase
 
 
 Bound = Callable[[torch.Tensor], torch.Tensor]
@@ -66,7 +67,7 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanMethod(ABC):
+class SpanMethod(MethodBase, ABC):
     """Changes which keys a query sees or at which angle. A method of your own needs `spans` and no more."""
 
     name: ClassVar[str] = ""

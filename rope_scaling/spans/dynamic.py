@@ -104,6 +104,7 @@ class DynamicLinear(Dynamic):
     """Linear interpolation by the step that the query's position needs ([paper](https://huggingface.co/papers/2306.15595))."""
 
     name: ClassVar[str] = "dynamic_linear"
+    nearest_static: ClassVar[str] = "linear"
     paper: ClassVar[str] = "https://huggingface.co/papers/2306.15595"
     changes: ClassVar[str] = "linear, by the query's position"
     needs_training: ClassVar[str] = "yes"
@@ -117,6 +118,7 @@ class DynamicNtk(Dynamic):
     """NTK scaling by the step that the query's position needs ([paper](https://huggingface.co/papers/2309.00071))."""
 
     name: ClassVar[str] = "dynamic_ntk"
+    nearest_static: ClassVar[str] = "ntk"
     paper: ClassVar[str] = "https://huggingface.co/papers/2309.00071"
     changes: ClassVar[str] = "ntk, by the query's position"
     needs_training: ClassVar[str] = "helps"
@@ -154,6 +156,7 @@ class DynamicLongRope(Dynamic):
     """
 
     name: ClassVar[str] = "dynamic_longrope"
+    nearest_static: ClassVar[str] = "longrope"
     paper: ClassVar[str] = "https://huggingface.co/papers/2402.13753"
     changes: ClassVar[str] = "longrope's switch, by query position"
     needs_training: ClassVar[str] = "yes"

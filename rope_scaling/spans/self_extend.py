@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rope_scaling.errors import RopeScalingError, keep_whole
 from rope_scaling.spans.base import Rope, Span, SpanMethod, beyond, within
@@ -45,3 +46,8 @@ class SelfExtend(SpanMethod):
         window = self.window or half(rope)
         # G (L0 - w) + w where groups divide the window
         return self.group_size * (rope.trained_length - window + window // self.group_size)
+
+    @classmethod
+    def sweep_fields(cls, factor: float) -> dict[str, Any]:
+        """Groups that reach `factor` trained lengths, `G (L0 - w) + w`, with the default window `w` of half of one."""
+        return {"group_size": max(math.ceil(2 * factor), 2)}

@@ -93,8 +93,8 @@ def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_
         "yarn",
         saved[-1]["method"],
     ]
-    assert saved[-1]["method"] == "saved resonance(wrapped=yarn(factor=2))"
-    assert saved[-1]["in_effect"] == "resonance(wrapped=yarn(factor=2))"
+    assert saved[-1]["method"] == "saved resonance:wrapped=(yarn:factor=2)"
+    assert saved[-1]["in_effect"] == "resonance:wrapped=(yarn:factor=2)"
     assert saved[-1]["target_length"] == 128
     for one, other in zip(plain[:5], saved[:5], strict=True):
         assert one["measure"] == other["measure"]
@@ -112,7 +112,7 @@ def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder, comman
     plain = command("describe", folder)
     assert plain.returncode == 0 and "model.rotary_emb: not patched" in plain.stdout
     would = command("describe", folder, "--method", "yarn:beta_fast=16", "--factor", "4", "--pairs")
-    assert "yarn(factor=4, beta_fast=16)" in would.stdout and "turns in trained / target length" in would.stdout
+    assert "yarn:factor=4,beta_fast=16" in would.stdout and "turns in trained / target length" in would.stdout
 
 
 def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):
@@ -183,6 +183,35 @@ def test_evaluate_counts_in_the_trained_length_that_it_is_told(overstated, folde
 @pytest.mark.parametrize("name", ["describe", "evaluate", "harness", "export", "doctor"])
 def test_help_names_the_trained_length(name, command):
     assert ORIGINAL[0][:20] in command(name, "--help").stdout
+
+
+@pytest.mark.parametrize("module", ["rope_scaling", "rope_scaling.cli.main"])
+def test_the_version(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"rope-scaling {rope_scaling.__version__}\n" and not done.stderr
+
+
+def test_names_of_methods_in_any_case(folder, command):
+    lines = command("describe", folder, "--method", "YaRN:beta_fast=16 + Log-N", "--factor", 4).stdout
+    assert "yarn:factor=4,beta_fast=16 + log_n" in lines
+
+
+def test_a_length_is_tokens_or_a_multiple(folder, command):
+    method = ["--method", "yarn"]
+    wanted = command("describe", folder, *method, "--target-length", 2048).stdout
+    assert "64 trained, 64 as it arrived, 2048 now" in wanted
+    for written in ("2k", "2K", "32x"):
+        assert command("describe", folder, *method, "--target-length", written).stdout == wanted
+    assert "yarn:factor=32" in command("describe", folder, "--method", "yarn:target_length=2k").stdout
+    original = command("describe", folder, *method, "--factor", 2, ORIGINAL[0], "1k")
+    assert "1024 trained" in original.stdout
+    keys = [
+        json.loads(command("export", folder, "--target", "vllm", *method, "--target-length", written).stdout)
+        for written in ("256", "4x", "0.25k")
+    ]
+    assert keys[0] == keys[1] == keys[2]
+    found = [command("doctor", "demo", "--target-length", written).stdout for written in ("512", "2x", "0.5k")]
+    assert found[0] == found[1] == found[2] and "RS" in found[0]
 
 
 def test_help_names_the_commands():
@@ -293,6 +322,22 @@ def case(message, *arguments):
             'longrope:{"long_factor": [1, 2]}',
         ),
         case("the longest of 1 has 1 tokens", "evaluate", "--model", "MODEL", "--data", "EMPTY"),
+        case(
+            "`target_length` takes tokens such as 32768 or 32k, or a multiple such as 8x; got '8y'",
+            "describe",
+            "MODEL",
+            "--method",
+            "yarn",
+            "--target-length",
+            "8y",
+        ),
+        case("must be a whole number of tokens, at least 1; got '8x'", "describe", "MODEL", ORIGINAL[0], "8x"),
+        case("`--target-length` can only be given with `--method`", "describe", "MODEL", "--target-length", "8x"),
+        case("is a multiple of the length that", "doctor", "LENGTHLESS", "--target-length", "8x"),
+        case("Unknown argument of 'yarn': 'bta_fast'", "describe", "MODEL", "--method", "yarn:bta_fast=16"),
+        case("unexpected extra argument(s) (vllm)", "export", "MODEL", "vllm"),
+        case("Missing option '--target'", "export", "MODEL"),
+        case("No such option: --modle", "export", "--modle", "demo"),
         case("No such command 'evalute'", "evalute"),
         case("No such option: --metod", "evaluate", "--metod", "yarn"),
     ],

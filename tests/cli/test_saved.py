@@ -177,7 +177,7 @@ def test_evaluate_measures_the_saved_method_against_the_model_it_was_made_from(k
     rows = rows_of(command, saved(kind), text, tmp_path / "out", "--method", beside)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     own = [name for name in methods if name.startswith("saved ")]
-    assert [name.split()[1].partition("(")[0] for name in own] == [PATCHED[kind] for one in PATCHED if one == kind]
+    assert [name.split()[1].partition(":")[0] for name in own] == [PATCHED[kind] for one in PATCHED if one == kind]
     assert methods == ["unpatched", "cropping", "yarn", *own, beside]
     if own:
         plain, again = load_model(str(saved(kind))), tmp_path / "plain"
@@ -223,14 +223,14 @@ def test_a_map_of_what_was_saved(kind, saved, command, tmp_path):
         assert drawn.returncode == 0, drawn.stderr
         assert (tmp_path / "map.png").stat().st_size > 5000
     else:
-        assert drawn.returncode == 2 and f"saved with {PATCHED[kind]}(" in drawn.stderr
+        assert drawn.returncode == 2 and f"saved with {PATCHED[kind]}" in drawn.stderr
 
 
 def test_from_pretrained_has_the_class_that_the_config_names(saved):
     model = rope_scaling.from_pretrained(saved("vision span"))
     adapted = rope_scaling.load_adapter(saved("vision adapter")).get_base_model()
     assert type(model) is type(adapted) is transformers.LlavaForConditionalGeneration
-    assert all("rerope(window=20)" in str(rope_scaling.describe(one)) for one in (model, adapted))
+    assert all("rerope:window=20" in str(rope_scaling.describe(one)) for one in (model, adapted))
 
 
 def finetune(command, folder, place, *overrides):
@@ -292,4 +292,4 @@ def test_harness_measures_the_saved_method(command, tmp_path):
     done = command("harness", "--model", folder, "--tasks", "niah_single_1", *options)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["unpatched", "cropping", "yarn", "saved rerope()", "linear"]
+    assert [row["method"] for row in rows] == ["unpatched", "cropping", "yarn", "saved rerope", "linear"]

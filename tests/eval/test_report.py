@@ -224,7 +224,7 @@ def test_two_metrics_of_a_task_are_two_measurements(folder, tmp_path):
         "score_high": None,
     }
     rows = [one | {"metric": metric, "score": score} for metric, score in (("acc", 0.25), ("acc_norm", 0.75))]
-    more = [row | {"method": "rerope", "in_effect": "rerope()"} for row in rows]
+    more = [row | {"method": "rerope", "in_effect": "rerope"} for row in rows]
     (run,) = read_runs([written(tmp_path / "one", rows), written(tmp_path / "other", rows + more)])
     assert run.rows == rows + more
     lines = {table.title.split(" (")[0]: table.lines[1:] for table in tables(run.rows)}
@@ -256,7 +256,7 @@ def test_a_table_of_several_library_versions_says_which_row_has_which(folder, tm
 def test_runs_that_call_two_methods_alike_make_no_common_table(folder, tmp_path):
     rows = read_rows(folder / "rows.jsonl")
     one = [row for row in rows if row["task"] == "perplexity"]
-    for name, value in (("in_effect", "self_extend(group_size=16)"), ("method_sha256", "0" * 16)):
+    for name, value in (("in_effect", "self_extend:group_size=16"), ("method_sha256", "0" * 16)):
         other = [
             row | ({name: value} if row["method"] == "self_extend" else {}) for row in rows if row["task"] == "repeats"
         ]

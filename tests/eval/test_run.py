@@ -12,7 +12,7 @@ import rope_scaling
 from rope_scaling import RopeScalingError
 from rope_scaling.eval.documents import Document
 from rope_scaling.eval.intervals import estimate
-from rope_scaling.eval.methods import default_methods, parse_method, patch_by_text
+from rope_scaling.eval.methods import default_methods, parse_method
 from rope_scaling.eval.plots import curves_figure, png
 from rope_scaling.eval.report import markdown_tables
 from rope_scaling.eval.rows import frequencies_sha256, measure, position_buckets, read_rows
@@ -21,10 +21,11 @@ from rope_scaling.eval.tasks import Work
 from rope_scaling.eval.tasks import perplexity as task_module
 from rope_scaling.eval.tasks.perplexity import Perplexity
 from rope_scaling.hf.describe import read_description
+from rope_scaling.methods import parse, patch_arguments
 
 
 LENGTHS = [TRAINED_LENGTH * k for k in (1, 2, 4)]
-METHODS = [parse_method("yarn"), parse_method("abf:rope_theta=1e6")]
+METHODS = [parse_method("yarn"), parse_method("abf:rope_theta=1e+06")]
 
 
 def make_documents(lengths=(256, 256, 200, 100)):
@@ -64,7 +65,7 @@ def test_buckets_partition_the_positions():
 def test_rows_hold_the_means_of_the_curves(finished):
     rows, curves, _ = finished
     by_label = {one.label: one.scores["perplexity"] for one in curves}
-    assert list(by_label) == ["unpatched", "cropping", "yarn", "abf:rope_theta=1e6"]
+    assert list(by_label) == ["unpatched", "cropping", "yarn", "abf:rope_theta=1e+06"]
     for label, values in by_label.items():
         # Position p, counted from 1, is entry p - 2; documents that end inside a bucket stay out of it.
         inside = np.concatenate([curve[63:127] for curve in values if len(curve) >= 127])
@@ -242,7 +243,7 @@ def test_method_texts():
     assert (spec.method, spec.arguments) == ("yarn", {"beta_fast": 16, "truncate": False})
     assert parse_method("resonance:wrapped=yarn").arguments == {"wrapped": "yarn"}
     assert parse_method('longrope:{"long_factor": [1, 2]}').arguments == {"long_factor": [1, 2]}
-    with pytest.raises(RopeScalingError, match="no JSON object"):
+    with pytest.raises(RopeScalingError, match="brackets are not closed"):
         parse_method("longrope:{long_factor")
     with pytest.raises(RopeScalingError, match="Unknown method 'yran'"):
         parse_method("yran:beta_fast=16")
@@ -251,7 +252,7 @@ def test_method_texts():
 
 
 def test_long_lists_get_short_names_of_their_own():
-    one, other = (parse_method(f'longrope:{{"long_factor": {[float(i + k) for i in range(8)]}}}') for k in (1, 2))
+    one, other = (parse_method(f'longrope:{{"long_factor": {[float(i + k) for i in range(20)]}}}') for k in (1, 2))
     assert one.label != other.label and len(one.label) < 20
 
 
@@ -275,7 +276,13 @@ def test_a_method_may_bring_its_own_factor():
         with parse_method(text).patched(make_model("llama"), 8.0) as model:
             assert model.config.max_position_embeddings == length, text
     rows, _ = evaluate(make_model("llama"), make_documents(), [parse_method("yarn:factor=2")], make_config())
-    assert find(rows, "yarn:factor=2", 64, 128)["in_effect"] == "yarn(factor=2)"
+    assert find(rows, "yarn:factor=2", 64, 128)["in_effect"] == "yarn:factor=2"
+
+
+def patch_by_text(model, text, **extent):
+    """As `describe`, `export` and recipes patch."""
+    methods, arguments = patch_arguments(parse(text), **extent)
+    return rope_scaling.patch(model, *methods, **arguments)
 
 
 @pytest.mark.parametrize(

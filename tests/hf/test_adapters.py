@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,11 +102,25 @@ def test_on_a_loaded_base(base, tmp_path):
         assert torch.allclose(logits(rope_scaling.load_adapter(folder, own)), wanted, atol=1e-5)
 
 
+def test_an_adapter_with_a_record_of_format_2(base, tmp_path, monkeypatch):
+    """As the version before wrote it, on a base that this version patched, and on one that it patches itself."""
+    monkeypatch.setitem(PATCHES, "yarn", {"factor": 2})
+    model = trained_adapter(base)
+    wanted, folder = logits(model), model_folder(model, tmp_path)
+    before = json.loads((Path(__file__).parents[1] / "golden" / "format_2" / "adapter_config.json").read_text())
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert before["rope_scaling_patch"]["format"] == 2 and config["rope_scaling_patch"]["format"] == 3
+    file.write_text(json.dumps(config | {"rope_scaling_patch": before["rope_scaling_patch"]}))
+    for own in (strong("llama"), rope_scaling.patch(strong("llama"), "yarn", factor=2)):
+        assert torch.allclose(logits(rope_scaling.load_adapter(folder, own)), wanted, atol=1e-5)
+
+
 def test_a_base_under_another_patch(base, tmp_path):
     folder = model_folder(trained_adapter(base), tmp_path)
     for other in (("yarn", {"factor": 2}), ("ntk", {"factor": 4})):
         model = rope_scaling.patch(strong("llama"), other[0], **other[1])
-        with pytest.raises(RopeScalingError, match=r"trained under yarn\(.*factor=4.*carries " + other[0]):
+        with pytest.raises(RopeScalingError, match=r"trained under yarn:factor=4 .*carries " + other[0]):
             rope_scaling.load_adapter(folder, model)
 
 

@@ -73,7 +73,7 @@ def test_saved_copied_and_pickled(tmp_path):
     for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert close(logits(other, token_ids(LENGTH)), wanted)
         assert rope_scaling.diagnose(other).healthy
-    assert "sliding_window(window=8)" in str(rope_scaling.describe(loaded))
+    assert "sliding_window:window=8" in str(rope_scaling.describe(loaded))
 
 
 @pytest.mark.parametrize("method", [SlidingWindow(window=8, num_sinks=2), rope_scaling.ReRope(), rope_scaling.LogN()])

@@ -27,7 +27,7 @@ def test_unpatched(llama, capsys):
 def test_patched(llama, capsys):
     rope_scaling.patch(llama, "yarn", factor=4, beta_fast=16)
     text = described(llama, capsys)
-    assert "model.rotary_emb: yarn(factor=4, beta_fast=16)" in text
+    assert "model.rotary_emb: yarn:factor=4,beta_fast=16" in text
     assert "64 trained, 64 as it arrived, 256 now" in text
     assert "attention factor  1.13863" in text
     assert "8 pairs, torch.float32" in text
@@ -61,12 +61,12 @@ def test_arithmetic_on_models_that_arrive_scaled(family, method, expected, capsy
 
 
 def test_arrived_scaling_is_named(capsys):
-    assert "not patched; arrived with llama3(factor=8)" in described(make_model("llama3.1"), capsys)
+    assert "not patched; arrived with llama3:factor=8" in described(make_model("llama3.1"), capsys)
 
 
 def test_layer_types_that_are_left_alone(capsys):
     text = described(rope_scaling.patch(make_model("gemma3"), "linear", factor=4), capsys)
-    assert "model.rotary_emb (full_attention): linear(factor=4)" in text
+    assert "model.rotary_emb (full_attention): linear:factor=4" in text
     assert "untouched         sliding_attention" in text
 
 
@@ -82,12 +82,12 @@ def test_numbers_are_read_back_from_the_module(llama):
     rotary(llama).inv_freq.fill_(0.5)
     (slot,) = rope_scaling.describe(llama).slots
     assert torch.equal(slot.inv_freq, torch.full((8,), 0.5))
-    assert repr(rope_scaling.describe(llama)) == "<Description of LlamaForCausalLM: yarn(factor=4)>"
+    assert repr(rope_scaling.describe(llama)) == "<Description of LlamaForCausalLM: yarn:factor=4>"
 
 
 def test_spans_and_their_reach(llama, capsys):
     text = described(rope_scaling.patch(llama, rope_scaling.SelfExtend(group_size=4), rope_scaling.LogN()), capsys)
-    assert "self_extend(group_size=4) + log_n()" in text and "reaches 160 tokens" in text
+    assert "self_extend:group_size=4 + log_n" in text and "reaches 160 tokens" in text
     assert "plain Transformers refuses it; rope_scaling.from_pretrained loads it" in text
     assert "any length" in described(rope_scaling.patch(llama, "rerope"), capsys)
 
@@ -137,7 +137,7 @@ def test_however_the_model_is_wrapped(wrap, method, arguments):
         assert slot.method.startswith(method) and slot.target_length >= 64
         assert ("reaches" in slot.arithmetic or "any length" in slot.arithmetic) == (method == "rerope")
     rope_scaling.patch(before, "yarn", factor=2)
-    assert read_description(before).slots[0].method == "yarn(factor=2)"
+    assert read_description(before).slots[0].method == "yarn:factor=2"
     rope_scaling.unpatch(before)
     if wrap in ("compiled", "sequential"):
         assert torch.equal(logits(inner), plain)

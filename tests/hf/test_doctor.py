@@ -200,7 +200,7 @@ def test_records(tmp_path, llama):
         (tmp_path / one).mkdir()
     rope_scaling.patch(llama, "ntk", factor=4).save_pretrained(tmp_path / "frequencies")
     healthy = diagnose(str(tmp_path / "frequencies"))
-    assert codes(healthy) == set() and "ntk(factor=4)" in str(healthy)
+    assert codes(healthy) == set() and "ntk:factor=4" in str(healthy)
     edited = json.loads((tmp_path / "frequencies" / "config.json").read_text())
     edited["rope_parameters"]["rope_theta"] = 7.0
     assert codes(diagnose(folder(tmp_path / "frequencies", edited))) == {"RS203"}

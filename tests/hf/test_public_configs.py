@@ -125,7 +125,7 @@ def test_llama_4_scouts_equal_factors_are_a_step(tmp_path):
     slot = read_description(load_skeleton(path)).slots[0]
     wanted, _ = formulas.llama3(32, 5e5, 8192, 16, 1, 1)
     assert torch.allclose(slot.inv_freq, torch.tensor(wanted), rtol=1e-6)
-    assert slot.method == "not patched; arrived with llama3(factor=16, high_freq_factor=1)"
+    assert slot.method == "not patched; arrived with llama3:factor=16,high_freq_factor=1"
     model = made(SCOUT, tmp_path)
     rope_scaling.patch(model, "llama3", factor=2)
     wanted, _ = formulas.llama3(32, 5e5, 8192, 32, 1, 1)

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import rope_scaling
 from rope_scaling import METHODS, RopeScalingError
 from rope_scaling.hf.loud import is_loud, unwarned
-from rope_scaling.hf.record import method_from_record, method_to_record
+from rope_scaling.hf.record import method_from_record
+from rope_scaling.methods import to_dict
 from rope_scaling.spans.sliding_window import SlidingWindow
 
 
@@ -191,8 +192,8 @@ def test_every_field_takes_what_it_can_compute_with_and_refuses_the_rest(name, l
 def test_any_record_in_a_config_is_taken_or_refused(record, data):
     model = make_model("llama")
     good = {
-        "format": 2,
-        "methods": [method_to_record(rope_scaling.Yarn(factor=4.0))],
+        "format": 3,
+        "methods": [to_dict(rope_scaling.Yarn(factor=4.0))],
         "target_length": 256,
         "layer_types": None,
         "original_max_position_embeddings": None,
@@ -302,9 +303,9 @@ def test_a_record_holds_what_was_set_to_none(monkeypatch):
         kept: int | None = None
 
     monkeypatch.setitem(METHODS, "own", Own)
-    assert method_to_record(Own()) == {"name": "own", "window": 8, "num_sinks": 0}
+    assert to_dict(Own()) == {"name": "own", "window": 8, "num_sinks": 0}
     for method in (Own(), Own(window=None), Own(kept=1)):
-        assert method_from_record(json.loads(json.dumps(method_to_record(method)))) == method
+        assert method_from_record(json.loads(json.dumps(to_dict(method)))) == method
 
 
 def test_two_models_two_patches_two_threads():

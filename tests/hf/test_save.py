@@ -1,8 +1,10 @@
 """`save_pretrained` of a patched model needs no call of ours, and plain Transformers reads it to the same logits."""
 
 import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import rope_scaling
 from cases import arguments_of
-from rope_scaling import RopeScalingError
+from rope_scaling import AngleClip, LogN, ReRope, RopeScalingError, Yarn
 from rope_scaling.frequencies import METHODS
 from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import rotary_slots
@@ -152,7 +154,7 @@ def test_another_patch_on_a_saved_one_starts_from_the_pretrained_frequencies(tmp
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"format": 99}, "format 99; this version reads 2. Update rope-scaling"),
+        ({"format": 99}, "format 99; this version reads 2 and 3. Update rope-scaling"),
         ({"methods": [{"name": "yran"}]}, "Unknown method 'yran'"),
         ({"methods": ["yarn"]}, "must have a `name`"),
         ({"surprise": 1}, "record is damaged"),
@@ -214,3 +216,32 @@ def test_hunyuans_base_is_read_at_every_length_after_a_patch_is_taken_back(tmp_p
     rope_scaling.patch(model, "yarn", factor=2).save_pretrained(tmp_path)
     loaded = rope_scaling.unpatch(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert close(logits(loaded, token_ids(150)), wanted)
+
+
+FORMAT_2 = Path(__file__).parents[1] / "golden" / "format_2"
+"""Configs and an adapter's, as the version wrote them whose records have format 2."""
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("yarn", [Yarn(factor=4.0)]),
+        ("rerope", [ReRope(window=20)]),
+        ("angle_clip", [AngleClip(max_angles=(math.inf, 0.0, *[2.0] * 6)), LogN()]),
+    ],
+)
+def test_a_folder_with_a_record_of_format_2_loads_as_it_was_saved(name, methods, tmp_path):
+    model = make_model("llama")
+    wanted = logits(rope_scaling.patch(model, *methods))
+    model.save_pretrained(tmp_path)
+    now = json.loads((tmp_path / "config.json").read_text())
+    before = json.loads((FORMAT_2 / f"config-{name}.json").read_text())
+    assert before[RECORD_KEY]["format"] == 2 and now[RECORD_KEY]["format"] == 3
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    loaded = rope_scaling.from_pretrained(tmp_path)
+    assert close(logits(loaded), wanted)
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == now and before.keys() == now.keys() - {"transformers_version"}
+    rope_scaling.unpatch(loaded)
+    assert close(logits(loaded), logits(make_model("llama")))

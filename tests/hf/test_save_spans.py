@@ -108,7 +108,7 @@ def test_from_pretrained_also_makes_frequency_patches_live(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = rope_scaling.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
-    assert "yarn(factor=4)" in rope_scaling.describe(loaded).slots[0].method
+    assert "yarn:factor=4" in rope_scaling.describe(loaded).slots[0].method
 
 
 def test_what_was_never_patched_is_said_so(tmp_path):

@@ -299,7 +299,7 @@ def test_a_method_of_ones_own():
     wanted = logits(model, ids)
     rope_scaling.patch(model, EveryOther())
     assert close(logits(model, ids), wanted)
-    assert "EveryOther()" in rope_scaling.describe(model).slots[0].method
+    assert "EveryOther" in rope_scaling.describe(model).slots[0].method
 
 
 def own(*spans):

@@ -1,6 +1,8 @@
 """Recipes are strict data: every shipped one is read, checked dry-run; mistakes name the field, and what is near."""
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import transformers
@@ -8,10 +10,12 @@ from conftest import _COMMON
 
 from rope_scaling import RopeScalingError
 from rope_scaling.hf.loading import model_source
+from rope_scaling.methods import Combination, named_method
 from rope_scaling.recipes.config import make_recipe, read_recipe, recipe_names
 from rope_scaling.recipes.plan import make_plan
 
 
+WITH_TEXT = Path(__file__).parents[1] / "golden" / "recipes_with_text"
 LLAMA3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "head_dim": 128, "hidden_size": 512}
 STAND_INS = {
     "huggyllama/llama-7b": ("LlamaConfig", 2048, {}),
@@ -87,6 +91,11 @@ def test_the_head_of_every_published_recipe_says_where_it_is_from():
         ("lora.rank=8", "Unknown recipe field `lora.rank`"),
         ("training.output_dir=x", "there are `--output-dir`, `--resume` and `parallelism`"),
         ("model.name=x", "`model` is no section of a recipe"),
+        (
+            "patch.target_length=long",
+            "`patch.target_length`: input should be tokens such as 32768 or 32k, or a multiple",
+        ),
+        ("data.sequence_length=8x", "`data.sequence_length`: input should be a valid integer"),
         ("max_steps", "An override is `field=value`"),
         ("data.sequence_length=[", "is no YAML value"),
     ],
@@ -110,8 +119,60 @@ def test_files(tmp_path):
         read_recipe(str(tmp_path / "broken.yaml"))
     with pytest.raises(RopeScalingError, match="The recipe lacks `data`"):
         make_recipe({"model": "demo"})
+    with pytest.raises(
+        RopeScalingError, match=r"^Unknown recipe field `dta`. Did you mean `data`\? The recipe lacks `data`"
+    ):
+        make_recipe({"model": "demo", "dta": {"sequence_length": 64}})
     (tmp_path / "own.yaml").write_text("model: demo\ndata: {sequence_length: 64}\n")
     assert read_recipe(str(tmp_path / "own.yaml"), ["patch.method=yarn", "patch.factor=2"]).patch.factor == 2
+
+
+def names_and_fields(methods):
+    parts = methods.methods if isinstance(methods, Combination) else (methods,)
+    return [named_method(part) for part in parts], getattr(methods, "extent", {})
+
+
+@pytest.mark.parametrize("path", sorted(WITH_TEXT.iterdir()), ids=lambda path: path.stem)
+def test_recipes_that_name_their_method_as_text_still_say_the_same(path):
+    """Files of the version before recipes stated methods as mappings."""
+    before, now = read_recipe(str(path)), read_recipe(path.stem)
+    assert isinstance(before.patch.method, str) and isinstance(now.patch.method, dict)
+    assert names_and_fields(before.patch.methods) == names_and_fields(now.patch.methods)
+    assert dataclasses.replace(before, patch=now.patch) == now
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "yarn:beta_fast=16+log_n",
+        ["yarn:beta_fast=16", "log_n"],
+        [{"name": "YaRN", "beta_fast": 16}, {"name": "log_n"}],
+    ],
+)
+def test_a_method_is_text_a_mapping_or_a_list(method):
+    recipe = make_recipe({"model": "demo", "patch": {"method": method}, "data": {"sequence_length": 64}})
+    assert str(recipe.patch.methods) == "yarn:beta_fast=16+log_n"
+
+
+def test_one_field_of_a_method_is_set_alone():
+    recipe = read_recipe("demo_mixed_window", ["patch.method.steps=[1, 8]"])
+    assert str(recipe.patch.methods) == "dynamic_yarn:steps=[1,8]"
+
+
+def test_lengths_are_tokens_or_a_multiple():
+    overrides = [
+        "patch.factor=null",
+        "patch.target_length=4x",
+        "data.sequence_length=1k",
+        "evaluation.lengths=[1x, 1k]",
+    ]
+    recipe = read_recipe("demo_yarn", [*overrides, "chunk_size=0.5k"])
+    assert (recipe.patch.target_length, recipe.data.sequence_length, recipe.chunk_size) == ("4x", 1024, 512)
+    plan = make_plan(recipe, with_data=False)
+    assert plan["patch"] == "yarn: reads 256 tokens, is to read 1,024" and plan["evaluation"].endswith(
+        "256, 1024 tokens"
+    )
+    assert read_recipe("demo_yarn", ["patch.target_length=32k"]).patch.target_length == 32768
 
 
 PRE_FLIGHT = [

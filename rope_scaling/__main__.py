@@ -1,0 +1,6 @@
+"""`python -m rope_scaling` is `rope-scaling`."""
+
+from rope_scaling.cli.main import main
+
+
+main()
