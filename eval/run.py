@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -17,13 +16,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig, check_lengths
-from rope_scaling.eval.identity import method_sha256, weights_sha256
+from rope_scaling.eval.files import SCHEMA, Row
+from rope_scaling.eval.hashes import hash_of
 from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec, with_yarn
-from rope_scaling.eval.perplexity import check_static
-from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256
-from rope_scaling.eval.store import SavedScores, Store, run_settings
+from rope_scaling.eval.scoring.identity import environment, frequencies_sha256, method_sha256, weights_sha256
+from rope_scaling.eval.scoring.nll import check_static
+from rope_scaling.eval.scoring.saved_scores import SavedScores
+from rope_scaling.eval.store import Store, run_settings
 from rope_scaling.eval.suites import check_tasks
-from rope_scaling.eval.tasks import Row, Scores, Work
+from rope_scaling.eval.tasks import Scores, Work
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -231,4 +232,4 @@ def _attempt(score: Callable[[int], np.ndarray], index: int, one: Work, label: s
 
 def settings_sha256(config: EvaluationConfig, work: list[Work]) -> str:
     """A name for a run: runs of equal settings and versions share it, 8 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(run_settings(config, work), sort_keys=True).encode()).hexdigest()[:8]
+    return hash_of(json.dumps(run_settings(config, work), sort_keys=True).encode())[:8]

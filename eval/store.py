@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.identity import digest
-from rope_scaling.eval.rows import environment, read_rows, write_atomically, write_rows
-from rope_scaling.eval.tasks.base import Row, Work
+from rope_scaling.eval.files import Row, read_rows, write_atomically, write_rows
+from rope_scaling.eval.hashes import digest
+from rope_scaling.eval.lm_eval.task import HarnessTask
+from rope_scaling.eval.scoring.identity import environment
+from rope_scaling.eval.scoring.saved_scores import SavedScores
+from rope_scaling.eval.tasks import TASKS, Work
 
 
 FORMAT = 2
 """Of the folder. Format 1 named scores by the label of a method, which does not say what they were measured with."""
-
-
-class SavedScores:
-    """The scores of one method on the items of one task: a file per item, named by the hash of the item."""
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-        self.scores: dict[str, np.ndarray] = {}
-        if folder is not None and folder.exists():
-            self.scores = {path.stem: np.load(path) for path in folder.glob("*.npy")}
-        self.found = set(self.scores)
-        """Items that an earlier run scored."""
-
-    def add(self, item: str, values: np.ndarray) -> None:
-        """Keeps the scores of one item, on disk before anything else is measured."""
-        self.scores[item] = values
-        if self.folder is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, values)
-            write_atomically(self.folder / f"{item}.npy", buffer.getvalue())
 
 
 class Store:
@@ -75,7 +55,7 @@ class Store:
                 _remove(folder, old)
                 old = {}
             settings["tasks"] = {**old.get("tasks", {}), **settings["tasks"]}
-        elif folder.exists() and any(path.name not in _KEPT for path in folder.iterdir()):
+        elif folder.exists() and {path.name for path in folder.iterdir()} - _PREPARED:
             raise RopeScalingError(
                 f"The output folder {str(folder)!r} exists and holds other files. Give a new or empty one."
             )
@@ -131,7 +111,7 @@ class Store:
 
 _SAID = {"weights_sha256": "hash of the model's weights and config"}
 """What messages call some settings."""
-_KEPT = {"key_tokens", "ruler"}
+_PREPARED = {task.keeps for task in (*TASKS.values(), HarnessTask)}
 """What preparing a run may have left before its settings are written."""
 
 

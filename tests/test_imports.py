@@ -42,7 +42,7 @@ ALLOWED = {
         *("errors", "demo", "frequencies", "geometry", "hf", "methods", "relative", "spans", "strict"),
         *("temperatures", "version"),
     },
-    "cli": {"errors", "frequencies", "geometry", "hf", "methods", "relative", "texts"},
+    "cli": {"errors", "eval", "frequencies", "geometry", "hf", "methods", "relative", "texts"},
     "__init__": {
         *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),
     },

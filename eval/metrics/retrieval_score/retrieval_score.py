@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from rope_scaling.eval.intervals import wilson
+from rope_scaling.eval.metric_arguments import check_arguments
+from rope_scaling.eval.stats import share_right
 
 
 _CITATION = """\
@@ -40,9 +41,6 @@ Examples:
     >>> metric.compute(predictions=["It is 7."], references=[["7"]])["accuracy"]
     1.0
 """
-
-_OTHERS = {"nlls", "trained_length", "lengths", "seed"}
-"""What `evaluate.combine` hands on for modules that stand beside this one."""
 
 _MATCHES: dict[str, Callable[[str, list[str]], bool]] = {
     "all": lambda text, wanted: all(one in text for one in wanted),
@@ -76,8 +74,7 @@ class RetrievalScore(evaluate.Metric):
         groups: list[Any] | None = None,
         **others: Any,
     ) -> dict[str, Any]:
-        if others.keys() - _OTHERS:
-            raise ValueError(f"Unknown arguments: {', '.join(sorted(others.keys() - _OTHERS))}.")
+        check_arguments(others)
         if match not in _MATCHES:
             raise ValueError(f"`match` must be one of {', '.join(_MATCHES)}; got {match!r}.")
         if not predictions:
@@ -90,16 +87,11 @@ class RetrievalScore(evaluate.Metric):
             _MATCHES[match](text.strip().casefold(), [one.strip().casefold() for one in wanted])
             for text, wanted in zip(predictions, references, strict=True)
         ]
-        result = _shares(right)
+        result: dict[str, Any] = share_right(right)
         if groups is not None:
             labels = dict.fromkeys(groups)
             result["by_group"] = {
-                label: _shares([one for one, group in zip(right, groups, strict=True) if group == label])
+                label: share_right([own for own, group in zip(right, groups, strict=True) if group == label])
                 for label in labels
             }
         return result
-
-
-def _shares(right: list[bool]) -> dict[str, Any]:
-    correct, asked = sum(right), len(right)
-    return {**wilson(correct, asked).fields("accuracy"), "correct": correct, "asked": asked}

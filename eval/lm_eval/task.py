@@ -11,11 +11,8 @@ What goes wrong in silence when a long-context model is handed over as it is, do
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 from unittest import mock
@@ -24,20 +21,24 @@ import numpy as np
 
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.identity import tokenizer_sha256
-from rope_scaling.eval.intervals import estimate
-from rope_scaling.eval.rows import hash_of
-from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
-from rope_scaling.eval.tasks.lm_eval_tasks import (
+from rope_scaling.eval.files import Row
+from rope_scaling.eval.formatting import Table, lines_by_length, values_text
+from rope_scaling.eval.hashes import hash_of
+from rope_scaling.eval.lm_eval.definitions import (
     BABILONG,
     RULER,
     babilong_task,
     check_installed,
-    make_ruler,
     manager,
     plain_task,
     ruler_task,
 )
+from rope_scaling.eval.lm_eval.model import Bench
+from rope_scaling.eval.lm_eval.ruler import make_ruler
+from rope_scaling.eval.scoring.identity import tokenizer_sha256
+from rope_scaling.eval.stats import paired
+from rope_scaling.eval.tasks.base import Scores, Task
+from rope_scaling.eval.tasks.source import Source
 
 
 _RULER_ROOM = 128
@@ -48,32 +49,6 @@ _LONG_GROUPS = {"ruler": RULER, "babilong_longctx": BABILONG}
 """Groups whose members are known without loading what they would load at other lengths."""
 _SEED = 0
 """Of examples in prompts, and of tasks that draw samples."""
-
-
-@dataclass(eq=False)
-class Bench:
-    """What all documents of a run are scored with: the tokenizer, and lm-eval's class around the model."""
-
-    tokenizer: Any
-    _lm: Any = None
-
-    @staticmethod
-    def of(source: Source) -> Bench:
-        """The one of a run, made when it is first needed."""
-        if "bench" not in source.shared:
-            tokenizer = copy.deepcopy(source.tokenizer)
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            tokenizer.model_max_length = sys.maxsize  # it would warn of every text longer than the trained length
-            source.shared["bench"] = Bench(tokenizer)
-        return source.shared["bench"]
-
-    def lm(self, model: Any, max_length: int, crop: int | None) -> Any:
-        """lm-eval's class around a model, for prompts and answers of `max_length` tokens, cut to `crop` if given."""
-        if self._lm is None or self._lm.model is not model:
-            self._lm = _lm_class()(pretrained=model, tokenizer=self.tokenizer, batch_size=1)
-        self._lm.room, self._lm.crop = crop or max_length, crop
-        return self._lm
 
 
 @dataclass(frozen=True)
@@ -102,6 +77,8 @@ class HarnessTask(Task):
     """One of lm-eval's tasks by its name there."""
 
     skipped_because: ClassVar[str] = "took more tokens than the longest length, with their answers"
+    keeps: ClassVar[str] = "ruler"
+    recognised_by: ClassVar[str] = "harness"
 
     name: str  # type: ignore[misc]
     tokenizer: str
@@ -164,11 +141,21 @@ class HarnessTask(Task):
                 )
                 row: Row = {"measure": "harness", "to": length, "metric": metric, "documents": len(chosen)}
                 row |= {"harness": f"lm-eval {version('lm_eval')}"}
-                row |= estimate(own, ones, config.seed).fields("score")
-                row |= estimate(own - plain, ones, config.seed).fields("difference")
-                row |= estimate(own - cropped, ones, config.seed).fields("to_cropping")
-                rows.append(row)
+                rows.append(row | paired("score", own, plain, cropped, ones, config.seed))
         return rows
+
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """Scores by length, a table for each metric; RULER calls its only metric by the length."""
+        tables = []
+        for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"] != str(row["to"])):
+            part = [row for row in rows if row["metric"] == metric]
+            title = f"{rows[0]['task']}, {metric} ({values_text(part, 'harness')}), 95% interval"
+            tables.append(Table(title, lines_by_length(part, "harness", _score_text)))
+        if part := [row for row in rows if row["metric"] == str(row["to"])]:
+            title = f"{rows[0]['task']} ({values_text(part, 'harness')}, a subset of RULER), 95% interval"
+            tables.append(Table(title, lines_by_length(part, "harness", _score_text)))
+        return tables
 
     def _ruler(self, length: int, source: Source, config: EvaluationConfig) -> list[dict[str, Any]]:
         """RULER's documents of one length."""
@@ -179,7 +166,7 @@ class HarnessTask(Task):
             tokenizer_sha256(source.tokenizer),
             config.seed,
             self.timeout,
-            source.folder,
+            source.folder and source.folder / self.keeps,
             source.shared,
         )
 
@@ -238,6 +225,11 @@ def harness_tasks(names: Sequence[str], **settings: Any) -> list[HarnessTask]:
     return [HarnessTask(name=name, **settings) for name in dict.fromkeys(members)]
 
 
+def _score_text(row: Row) -> str:
+    low, high = row["score_low"], row["score_high"]
+    return f"{row['score']:.3f}" if low is None else f"{row['score']:.3f} [{low:.3f},{high:.3f}]"
+
+
 def _token_counts(task: Any, tokenizer: Any) -> Iterator[int]:
     """Of each document, tokens of the longest prompt with what is generated or scored after it."""
     encode = tokenizer.encode
@@ -280,45 +272,3 @@ def _score(model: Any, item: HarnessDocument, crop: int | None) -> np.ndarray:
             "they cannot be compared document by document. Save the patched model and run lm-eval itself."
         )
     return np.array(values, dtype=np.float64)
-
-
-@cache
-def _lm_class() -> Any:
-    """lm-eval's own class, which refuses what it would cut, or cuts to `crop` tokens on purpose."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Lm(HFLM):
-        room = 0
-        crop: int | None = None
-
-        @property
-        def max_length(self) -> int:
-            return self.room
-
-        def tok_batch_encode(
-            self, strings: Any, *args: Any, left_truncate_len: int | None = None, **kwargs: Any
-        ) -> Any:
-            ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=None, **kwargs)
-            if left_truncate_len and ids.shape[1] > left_truncate_len:
-                _check_cut(self.crop, ids.shape[1], left_truncate_len)
-                ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
-            return ids, mask
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> Any:
-            longest = max(len(context) + len(answer) for _, context, answer in requests)
-            if longest > self.max_length + 1:
-                _check_cut(self.crop, longest, self.max_length)
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
-
-    return Lm
-
-
-def _check_cut(crop: int | None, tokens: int, room: int) -> None:
-    if crop is None:
-        raise RopeScalingError(
-            f"A prompt of {tokens} tokens does not fit in {room}; lm-eval would cut its beginning off. Give longer "
-            "`--lengths`."
-        )

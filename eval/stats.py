@@ -1,4 +1,4 @@
-"""Intervals. The unit is the document: tokens of one document are not independent of each other."""
+"""Statistics: intervals and paired tests. The unit is the document: its tokens are not independent of each other."""
 
 from __future__ import annotations
 
@@ -47,12 +47,36 @@ def estimate(sums: np.ndarray, counts: np.ndarray, seed: int) -> Estimate:
     return Estimate(mean, float(low), float(high))
 
 
+def paired(
+    name: str, own: np.ndarray, plain: np.ndarray, cropped: np.ndarray | None, counts: np.ndarray, seed: int
+) -> dict[str, float | None]:
+    """Fields of a row: a method's mean as `name`, and its differences to both baselines on the same documents.
+
+    Args:
+        name (`str`): Of the field of the mean; differences are `difference` (to the unpatched model) and
+            `to_cropping`.
+        own (`np.ndarray`): Sums of the method over each document, `[documents]`.
+        plain (`np.ndarray`): Those of the unpatched model.
+        cropped (`np.ndarray`, *optional*): Those of the cropping baseline.
+        counts (`np.ndarray`): What the sums are divided by, such as tokens, `[documents]`.
+        seed (`int`): Of the bootstrap over documents.
+    """
+    fields = estimate(own, counts, seed).fields(name) | estimate(own - plain, counts, seed).fields("difference")
+    return fields if cropped is None else fields | estimate(own - cropped, counts, seed).fields("to_cropping")
+
+
 def wilson(correct: int, asked: int) -> Estimate:
     """A share with its 95% Wilson score interval."""
     from scipy.stats import binomtest
 
     interval = binomtest(correct, asked).proportion_ci(method="wilson")
     return Estimate(correct / asked, float(interval.low), float(interval.high))
+
+
+def share_right(right: Sequence[bool] | np.ndarray) -> dict[str, float | None]:
+    """Fields of a row: how many of some answers are right, and their share as `accuracy`, with its interval."""
+    correct, asked = int(np.sum(right)), len(right)
+    return {"correct": correct, "asked": asked, **wilson(correct, asked).fields("accuracy")}
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""What tasks that ask for something in the text have in common: trials, scores, rows."""
+"""Prompts of exact lengths: what tasks that ask about a text have in common."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.answers import Prompt, Question, Trial, answer_scores
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.intervals import estimate, mcnemar, wilson
-from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
+from rope_scaling.eval.scoring.answers import Prompt, Question, Trial, answer_scores
+from rope_scaling.eval.tasks.base import Task
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalTask(Task):
-    """Prompts of exact lengths in tokens, with answers that only the text tells. Intervals are over trials."""
+class PromptTask(Task):
+    """Prompts of exact lengths in tokens, with questions at their ends. The unit of intervals is the trial."""
 
     trials: int = 5
     """Prompts of each length, with other text and other answers."""
@@ -66,59 +66,14 @@ class RetrievalTask(Task):
         return cropped
 
     def _crop(self, prompt: Prompt, config: EvaluationConfig) -> Prompt:
-        longest = prompt.length - len(prompt.context)
-        room = config.trained_length - longest - 1
+        asked = prompt.length - len(prompt.context)
+        room = config.trained_length - asked - 1
         if room < 0:
             raise RopeScalingError(
-                f"A question of {self.name!r} and its answer have {longest} tokens; the model's trained length is "
+                f"A question of {self.name!r} and its answer have {asked} tokens; the model's trained length is "
                 f"{config.trained_length}, so cropping leaves nothing to read. Ask for less."
             )
         return Prompt(prompt.context[:1] + prompt.context[len(prompt.context) - room :], prompt.questions)
-
-    def rows(self, items: Sequence[Trial], scores: Scores, config: EvaluationConfig) -> list[Row]:
-        """A row a length, and a row a depth of each where answers lie at depths."""
-        rows = []
-        for length in config.lengths:
-            chosen = [index for index, item in enumerate(items) if length in item.lengths]
-            inside = [np.array(items[index].lengths) == length for index in chosen]
-            depths = [
-                np.where(mask, np.array([q.depth for q in items[index].questions], dtype=float), np.nan)
-                for index, mask in zip(chosen, inside, strict=True)
-            ]
-            rows.append(self._row("length", length, None, chosen, inside, scores))
-            for depth in sorted({value for part in depths for value in part if value == value}):
-                rows.append(self._row("cell", length, depth, chosen, [part == depth for part in depths], scores))
-        return rows
-
-    def _row(
-        self,
-        measure: str,
-        length: int,
-        depth: float | None,
-        chosen: list[int],
-        inside: list[np.ndarray],
-        scores: Scores,
-    ) -> Row:
-        own, plain, cropped = (
-            [values[index][mask] for index, mask in zip(chosen, inside, strict=True)]
-            for values in (scores.own, scores.unpatched, scores.cropping)
-        )
-        right, right_plain, right_cropped = (
-            np.concatenate([part[:, 0] for part in parts]) > 0 for parts in (own, plain, cropped)
-        )
-        counts = np.array([part[:, 2].sum() for part in own])
-
-        def nats(parts: list[np.ndarray]) -> np.ndarray:
-            return np.array([-part[:, 1].sum() for part in parts])
-
-        row: Row = {"measure": measure, "to": length, "depth": depth, "trials": len(chosen)}
-        row |= {"correct": int(right.sum()), "asked": len(right)}
-        row |= wilson(row["correct"], row["asked"]).fields("accuracy")
-        row |= estimate(nats(own), counts, 0).fields("nll")
-        row |= estimate(nats(own) - nats(plain), counts, 0).fields("difference")
-        row |= estimate(nats(own) - nats(cropped), counts, 0).fields("to_cropping")
-        row |= {"mcnemar": mcnemar(right, right_plain), "mcnemar_to_cropping": mcnemar(right, right_cropped)}
-        return row
 
 
 @dataclass(frozen=True)
@@ -205,10 +160,10 @@ class Writer:
 
     def keys(self, count: int, make: Callable[[random.Random], str]) -> list[str]:
         """Different made-up names."""
-        found: dict[str, None] = {}
-        while len(found) < count:
-            found[make(self.rng)] = None
-        return list(found)
+        names: dict[str, None] = {}
+        while len(names) < count:
+            names[make(self.rng)] = None
+        return list(names)
 
     def numbers(self, count: int, digits: int) -> list[str]:
         """Different numbers without a leading zero."""

@@ -1,4 +1,4 @@
-"""Pictures, made from rows and scores alone."""
+"""Figures of rows and scores, as functions that tasks draw with."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rope_scaling.eval.intervals import estimate
 from rope_scaling.eval.methods import CROPPING, UNPATCHED
+from rope_scaling.eval.stats import estimate
 
 
 _BREAKS = 1.0

@@ -1,17 +1,20 @@
-"""What a score was measured with: hashes of weights, tokenizer and method, by contents and never by name."""
+"""What a score was measured with: versions, and hashes of weights, tokenizer and method."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 
-from rope_scaling.eval.rows import frequencies_sha256, hash_of
+from rope_scaling.eval.hashes import digest, hash_of
 from rope_scaling.hf.patch import applied_patch, patch_record
 from rope_scaling.hf.program import Kind, SpanProgram
 from rope_scaling.hf.rotary import rotary_slots
@@ -21,6 +24,12 @@ _NAMES = ("_name_or_path", "transformers_version", "_commit_hash")
 """What configs hold of names and versions, which change no score."""
 _SAMPLED = 2048
 """Positions at which the angles of spans are hashed."""
+
+
+def environment() -> dict[str, str]:
+    """Versions that a score depends on."""
+    packages = ("torch", "transformers", "rope-scaling")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -57,6 +66,12 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return digest(type(tokenizer).__name__, kept, added)
 
 
+def frequencies_sha256(model: torch.nn.Module) -> str:
+    """Hash of frequencies and attention factors as they are in the model's modules now, 16 hexadecimal digits."""
+    values = [[*slot.inv_freq.double().cpu().tolist(), slot.attention_factor] for slot in rotary_slots(model)]
+    return hash_of(b"".join(np.array(numbers, dtype="<f8").tobytes() for numbers in values))
+
+
 def method_sha256(model: torch.nn.Module, length: int) -> str:
     """Hash of the patch in effect, 16 hexadecimal digits: its complete record, and what it computes on this model.
 
@@ -71,15 +86,6 @@ def method_sha256(model: torch.nn.Module, length: int) -> str:
     programs = {} if applied is None else applied.programs
     computed = {path: _program(program, length) for path, program in programs.items()}
     return digest(frequencies_sha256(model), record, computed)
-
-
-def digest(*parts: Any) -> str:
-    """Hash of plain data, whatever the order of its mappings, 16 hexadecimal digits."""
-    return hash_of(json.dumps(parts, sort_keys=True, default=_text).encode())
-
-
-def _text(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _settings(model: Any, name: str) -> Any:

@@ -7,7 +7,6 @@ decoding would have written, token for token.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rope_scaling.eval.hashes import hash_of
 from rope_scaling.hf.host import cache_argument
 
 
@@ -66,7 +66,7 @@ class Trial:
     def sha256(self) -> str:
         """Hash of all token ids, 16 hexadecimal digits."""
         parts = [[prompt.context, *([q.ids, q.answer] for q in prompt.questions)] for prompt in self.prompts]
-        return hashlib.sha256(repr((max(self.lengths), parts)).encode()).hexdigest()[:16]
+        return hash_of(repr((max(self.lengths), parts)).encode())
 
     @property
     def cost(self) -> int:
@@ -136,7 +136,7 @@ class _Reader:
 
     def ask(self, questions: Sequence[Question]) -> np.ndarray:
         """Scores of questions about the text in the cache, which stays as it is."""
-        width = max(len(question.ids) + len(question.answer) for question in questions)
+        width = longest(questions)
         # Padding on the right changes nothing: no token sees what comes after it.
         rows = [(question.ids + question.answer) for question in questions]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
