@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,28 +18,18 @@ from rope_scaling.eval.tasks.source import Source
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTask(Task):
-    """Prompts of exact lengths in tokens, with questions at their ends. The unit of intervals is the trial."""
+    """Prompts of exact lengths in tokens, with questions at their ends. The unit of intervals is the trial.
+
+    A subclass makes the trials in `items`, with `writers` to write them.
+    """
 
     trials: int = 5
     """Prompts of each length, with other text and other answers."""
 
-    @abstractmethod
-    def prompts(self, writer: Writer, length: int) -> list[Prompt]:
-        """The prompts of one trial, of `length` tokens each with the longest question and answer."""
-
-    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Trial], int]:
-        """Every trial of every length; a trial depends on seed, length and its number alone."""
-        filler = self.filler(source, config)
-        return [
-            Trial(name, self.prompts(writer, length))
-            for length in config.lengths
-            for name, writer in self.writers(source, filler, config, length)
-        ], 0
-
     def writers(
         self, source: Source, filler: Filler, config: EvaluationConfig, length: int
     ) -> Iterator[tuple[str, Writer]]:
-        """The names of the trials of a length, and who writes them."""
+        """The names of the trials of a length, and who writes them: a trial depends on seed, length and its number."""
         if self.trials < 1:
             raise RopeScalingError(f"`trials` of {self.name!r} must be positive; got {self.trials}.")
         for number in range(self.trials):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.figures import heat_figure, lengths_figure
 from rope_scaling.eval.files import Row
 from rope_scaling.eval.formatting import Table, accuracy_text, lines_by_length
-from rope_scaling.eval.scoring.answers import Trial
+from rope_scaling.eval.scoring.answers import Prompt, Trial
 from rope_scaling.eval.stats import mcnemar, paired, share_right
 from rope_scaling.eval.tasks.base import Picture, Scores, SummaryEntry
-from rope_scaling.eval.tasks.prompts import PromptTask
+from rope_scaling.eval.tasks.prompts import PromptTask, Writer
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,19 @@ class RetrievalTask(PromptTask):
     """Prompts with answers that only the text tells."""
 
     recognised_by: ClassVar[str] = "length"
+
+    @abstractmethod
+    def prompts(self, writer: Writer, length: int) -> list[Prompt]:
+        """The prompts of one trial, of `length` tokens each with the longest question and answer."""
+
+    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Trial], int]:
+        """Every trial of every length."""
+        filler = self.filler(source, config)
+        return [
+            Trial(name, self.prompts(writer, length))
+            for length in config.lengths
+            for name, writer in self.writers(source, filler, config, length)
+        ], 0
 
     def rows(self, items: Sequence[Trial], scores: Scores, config: EvaluationConfig) -> list[Row]:
         """A row a length, and a row a depth of each where answers lie at depths."""
