@@ -26,6 +26,7 @@ CASES = {
     "niah_nested": Case({"trials": 3, "depths": 3}, knows=1, guesses=0),
     "niah_multivalue": Case({"trials": 3, "num_values": 2}, knows=1, guesses=0),
     "niah_multiquery": Case({"trials": 3, "num_values": 2}, knows=1, guesses=0),
+    "multiple_choice": Case({"trials": 4}, knows=1, guesses=1 / 4),
     "yarn_truncate": Case({}),
     "yarn_stride": Case({"stride": 128}),
     "pose_stride": Case({"stride": 128}),

@@ -7,6 +7,7 @@ from rope_scaling.eval.tasks.base import Scores, Task
 from rope_scaling.eval.tasks.context_gain import ContextGain
 from rope_scaling.eval.tasks.copying import Copy, KvRetrieval
 from rope_scaling.eval.tasks.key_tokens import KeyTokens
+from rope_scaling.eval.tasks.multiple_choice import MultipleChoice
 from rope_scaling.eval.tasks.niah import NiahMultikey, NiahMultiquery, NiahMultivalue, NiahSingle, Passkey
 from rope_scaling.eval.tasks.niah_nested import NiahNested
 from rope_scaling.eval.tasks.perplexity import Perplexity
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
     "niah_nested": NiahNested,
     "niah_multivalue": NiahMultivalue,
     "niah_multiquery": NiahMultiquery,
+    "multiple_choice": MultipleChoice,
     "yarn_truncate": YarnTruncate,
     "yarn_stride": YarnStride,
     "pose_stride": PoseStride,
