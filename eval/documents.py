@@ -83,9 +83,9 @@ def make_documents(
             if len(items) == max_documents:
                 return Documents(items, skipped)
     if not items:
-        found = f"the longest of {seen} has {longest} tokens" if seen else "there are none"
+        read = f"the longest of {seen} has {longest} tokens" if seen else "there are none"
         raise RopeScalingError(
-            f"No document has {lengths[0]} tokens, the shortest length: {found}. Give longer texts or shorter "
+            f"No document has {lengths[0]} tokens, the shortest length: {read}. Give longer texts or shorter "
             "`--lengths`."
         )
     return Documents(items, skipped)

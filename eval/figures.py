@@ -167,9 +167,9 @@ def heat_figure(rows: list[dict[str, Any]], trained_length: int, title: str) -> 
     size = (max(1.1 * len(lengths) + 0.8, 2.6) * columns + 1, (0.28 * len(depths) + 1.0) * lines + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    found = {(row["method"], row["to"], row["depth"]): row for row in rows}
+    by_cell = {(row["method"], row["to"], row["depth"]): row for row in rows}
     for axes, method in zip(panels, methods, strict=False):
-        cells = [[found.get((method, length, depth)) for length in lengths] for depth in depths]
+        cells = [[by_cell.get((method, length, depth)) for length in lengths] for depth in depths]
         shares = np.array([[np.nan if row is None else row["accuracy"] for row in line] for line in cells])
         image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for y, x in np.ndindex(shares.shape):
@@ -225,7 +225,7 @@ def _binned(values: list[np.ndarray], edges: np.ndarray) -> list[np.ndarray]:
         inside = [curve[low:high] for curve in values if len(curve) > low]
         if inside:
             sums = np.array([part.sum(dtype=np.float64) for part in inside])
-            found = estimate(sums, np.array([float(len(part)) for part in inside]), seed=0)
-            ends = [found.mean if end is None else end for end in (found.low, found.high)]
-            lines.append((math.sqrt(low * high) + 1, found.mean, *ends))
+            mean = estimate(sums, np.array([float(len(part)) for part in inside]), seed=0)
+            ends = [mean.mean if end is None else end for end in (mean.low, mean.high)]
+            lines.append((math.sqrt(low * high) + 1, mean.mean, *ends))
     return list(np.array(lines).T)

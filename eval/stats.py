@@ -79,16 +79,16 @@ def share_right(right: Sequence[bool] | np.ndarray) -> dict[str, float | None]:
     return {"correct": correct, "asked": asked, **wilson(correct, asked).fields("accuracy")}
 
 
-def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Two-sided exact p-value that two methods answer the same questions equally well.
 
     Args:
-        one, other (`np.ndarray`): Whether each question was answered right, `[questions]`, in the same order.
+        first, second (`np.ndarray`): Whether each question was answered right, `[questions]`, in the same order.
     """
     from scipy.stats import binomtest
 
-    only_one, only_other = int((one & ~other).sum()), int((other & ~one).sum())
-    return float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
 
 
 def usable_length(
@@ -113,11 +113,11 @@ def usable_length(
     weights = np.concatenate([plain, resamples(num_documents, seed)]) if num_documents > 1 else plain
     with np.errstate(divide="ignore", invalid="ignore"):
         limit = (weights @ reference[0]) / (weights @ reference[1]) + tolerance
-        held = np.ones(len(weights), dtype=bool)
+        within = np.ones(len(weights), dtype=bool)
         reached = np.zeros(len(weights), dtype=int)
         for sums, tokens in zip(buckets, counts, strict=True):
-            held &= (weights @ sums) / (weights @ tokens) <= limit  # false where nothing was drawn
-            reached += held
+            within &= (weights @ sums) / (weights @ tokens) <= limit  # false where nothing was drawn
+            reached += within
     if num_documents < 2:
         return int(reached[0]), None, None
     low, high = np.percentile(reached[1:], [2.5, 97.5], method="nearest")

@@ -109,4 +109,4 @@ def load_task(manager: Any, name: str) -> Any:
 
 def _any_answer(document: dict[str, Any], results: list[str]) -> dict[str, float]:
     text = results[0].lower()
-    return {str(document["max_length"]): float(any(one.lower() in text for one in document["outputs"]))}
+    return {str(document["max_length"]): float(any(answer.lower() in text for answer in document["outputs"]))}

@@ -172,23 +172,23 @@ class HarnessTask(Task):
 
     def _fitting(self, task: Any, bench: Bench, rooms: dict[int, int]) -> tuple[list[HarnessDocument], int]:
         """Documents at the shortest length whose room holds prompt and answer, up to `samples` a length."""
-        found: dict[int, list[HarnessDocument]] = {length: [] for length in rooms}
+        fitting: dict[int, list[HarnessDocument]] = {length: [] for length in rooms}
         longer: list[int] = []
         for index, tokens in enumerate(_token_counts(task, bench.tokenizer)):
             length = next((length for length, room in rooms.items() if tokens <= room), None)
             if length is None:
                 longer.append(tokens)
-            elif len(found[length]) < self.samples:
-                found[length].append(self._document(task, bench, index, length, rooms[length]))
-            if all(len(some) == self.samples for some in found.values()):
+            elif len(fitting[length]) < self.samples:
+                fitting[length].append(self._document(task, bench, index, length, rooms[length]))
+            if all(len(documents) == self.samples for documents in fitting.values()):
                 break
-        if not any(found.values()):
+        if not any(fitting.values()):
             raise RopeScalingError(
                 f"No document of {self.name!r} fits in {max(rooms.values())} tokens; the shortest takes "
                 f"{min(longer, default=0)} with its answer, and lm-eval would cut its beginning off. Give longer "
                 "`--lengths`."
             )
-        return [item for some in found.values() for item in some], len(longer)
+        return [item for documents in fitting.values() for item in documents], len(longer)
 
     def _first(self, task: Any) -> range:
         return range(min(self.samples, len(task.eval_docs)))

@@ -155,9 +155,11 @@ class _Reader:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:
-            kept: Any = layer
-            if kept.is_initialized:
-                kept.keys, kept.values = (held.expand(rows, -1, -1, -1) for held in (kept.keys, kept.values))
+            branch: Any = layer
+            if branch.is_initialized:
+                branch.keys, branch.values = (
+                    states.expand(rows, -1, -1, -1) for states in (branch.keys, branch.values)
+                )
         return cache
 
     def _forward(self, ids: torch.Tensor, start: int, cache: Any, **arguments: Any) -> torch.Tensor:
@@ -182,8 +184,8 @@ def _score(logits: torch.Tensor, question: Question, begin: int) -> tuple[float,
     return float(torch.equal(rows.argmax(-1), wanted)), log_probability, len(wanted)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
-    shortest = min(len(one), len(other))
-    same = np.asarray(one[:shortest]) == np.asarray(other[:shortest])
+    shortest = min(len(first), len(second))
+    same = np.asarray(first[:shortest]) == np.asarray(second[:shortest])
     return shortest if same.all() else int(same.argmin())

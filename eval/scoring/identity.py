@@ -59,11 +59,11 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     contents = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     # Padding and truncation are settings of the last call.
-    kept = {
+    settings = {
         name: value for name, value in contents.items() if backend is None or name not in ("padding", "truncation")
     }
     added = [getattr(tokenizer, name, None) for name in ("special_tokens_map", "add_bos_token", "add_eos_token")]
-    return digest(type(tokenizer).__name__, kept, added)
+    return digest(type(tokenizer).__name__, settings, added)
 
 
 def frequencies_sha256(model: torch.nn.Module) -> str:

@@ -63,11 +63,11 @@ class SummaryEntry:
     value: float | None
     """`None` if the rows do not have it."""
     heading: str = ""
-    """Of its column in the summary, where `{longest}` is the longest length; without one, it has no column."""
+    """Of its column in the summary, where `{longest}` is the longest length; empty for no column."""
     text: str = ""
-    """What stands in the column."""
+    """Of its cell."""
     note: str = ""
-    """What the column says, where its heading alone does not."""
+    """An explanation of the column, for those whose heading is not enough."""
 
     @classmethod
     def of(
@@ -79,7 +79,7 @@ class SummaryEntry:
         text: Callable[[Row], str] = lambda row: "",
         note: str = "",
     ) -> SummaryEntry:
-        """The entry of the last of some rows, with what its `field` holds; without a value if there are none."""
+        """The entry for `field` of the last of some rows; its value is `None` if there are no rows."""
         if not rows:
             return cls(name, None, heading, "", note)
         return cls(name, rows[-1][field], heading, text(rows[-1]), note)
@@ -89,7 +89,7 @@ class SummaryEntry:
 class Task(ABC):
     """A task; its fields are settings, from a suite's file or the command line.
 
-    Class methods show its rows: they get nothing but rows as they are on disk, all of one task.
+    Its class methods present rows as they are on disk, all of one task; a report has no instance of the task.
     """
 
     name: ClassVar[str]
@@ -100,9 +100,10 @@ class Task(ABC):
     keeps: ClassVar[str] = ""
     """Sub-folder of `Source.folder` in which `items` keeps what is expensive to make."""
     recognised_by: ClassVar[str] = ""
-    """Measure whose rows are those of a task of this kind, whatever its name; without one, the name alone says so."""
+    """Value of `measure` by which a report recognises rows of this kind of task under any name; if empty, the rows are
+    recognised by the task's name alone."""
     place: ClassVar[int] = 3
-    """Of its columns in the summary; tasks of the same place stand in the order of their names."""
+    """Order of its columns in the summary; tasks of equal place are ordered by name."""
     draws_scores: ClassVar[bool] = False
     """Whether `pictures` takes scores beside rows."""
 

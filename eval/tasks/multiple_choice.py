@@ -56,19 +56,19 @@ class MultipleChoice(PromptTask):
 
     file: str | None = None
     """JSON lines of `{"context", "question", "choices", "answer"}`, where the answer is a choice or its index. Each
-    stands at the shortest length that holds it. Without a file, items are made from the texts."""
+    item counts at the shortest length it fits in. Without a file, items are made from the texts."""
     question: str = "\n\nQuestion: {question}\nAnswer:"
-    """How a question of the file is put."""
+    """Template for questions of the file."""
     answer: str = " {choice}"
-    """How a choice of the file is written."""
+    """Template for choices of the file."""
     trials: int = 20
-    """Items that are made for each length."""
+    """Generated items for each length."""
     num_choices: int = 4
-    """Choices of an item that is made."""
+    """Choices of a generated item."""
     span: int = 24
-    """Tokens of each of them."""
+    """Tokens of each choice of a generated item."""
     cue: str = "\n\nOne passage of the text above, word for word:\n"
-    """What stands before them."""
+    """Text before the choices of a generated item."""
 
     def settings(self) -> dict[str, Any]:
         """All settings; of the file its name, since its contents are in the hash of the items."""
@@ -97,7 +97,7 @@ class MultipleChoice(PromptTask):
         trials = []
         for length in config.lengths:
             for number, (name, writer) in enumerate(self.writers(source, filler, config, length)):
-                # Each place is right equally often: who always names the same one scores 1 / choices.
+                # Each index is right equally often, so that a constant answer scores 1 / choices.
                 right = number % self.num_choices
                 trials.append(ChoiceTrial(name, [self._make(writer, starts, length, right)], right, length))
         return trials, 0
@@ -115,7 +115,7 @@ class MultipleChoice(PromptTask):
                 f"{room} tokens and the others outside of them. Give longer or other texts, or other `span` and "
                 f"`num_choices` of {self.name!r}."
             )
-        # Passages from further away would be about something else, which the end of the text alone shows.
+        # Passages from further away may be about another subject, which the end of the text alone would show.
         near = max(int((distances < room).sum()), self.num_choices - 1)
         places = writer.rng.sample(outside[np.argsort(distances, kind="stable")][:near].tolist(), self.num_choices - 1)
         places.insert(right, inside)

@@ -268,11 +268,11 @@ class _Lines:
 
 
 def _say_what_was_found(measured: list[Measured], folder: Path) -> None:
-    found = sum(method.found for method in measured)
-    if found:
+    reused = sum(method.found for method in measured)
+    if reused:
         total = sum(len(scores) for method in measured for scores in method.scores.values())
         print(
-            f"{found} of {total} scores were found in {folder}, measured before with the same weights, settings and "
+            f"{reused} of {total} scores were found in {folder}, measured before with the same weights, settings and "
             "versions. `--fresh` measures them anew."
         )
 

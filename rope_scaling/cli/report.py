@@ -19,7 +19,7 @@ def run(folders: list[Path], output: Path | None, mixed: bool, fail_if: list[str
     """
     need_extra()
     from rope_scaling.eval.report.html_page import write_report
-    from rope_scaling.eval.report.reading import read_runs
+    from rope_scaling.eval.report.joining import read_runs
     from rope_scaling.eval.report.summary import failures
 
     runs = read_runs(folders, mixed=mixed)

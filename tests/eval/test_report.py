@@ -20,8 +20,9 @@ from rope_scaling.eval.files import read_rows
 from rope_scaling.eval.methods import default_methods, parse_method
 from rope_scaling.eval.report.distance_maps import map_figure
 from rope_scaling.eval.report.html_page import write_report
+from rope_scaling.eval.report.joining import read_runs
 from rope_scaling.eval.report.published import published_rows, published_tables
-from rope_scaling.eval.report.reading import read_run, read_runs
+from rope_scaling.eval.report.reading import read_run
 from rope_scaling.eval.report.summary import failures
 from rope_scaling.eval.report.tables import conditions, print_tables, tables
 from rope_scaling.eval.run import evaluate

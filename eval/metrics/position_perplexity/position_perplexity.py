@@ -85,8 +85,8 @@ class PositionPerplexity(evaluate.Metric):
             for row in measure(curves, curves, list(lengths), trained_length, seed)
             if row["measure"] == "bucket"
         }
-        kept = ("nll", "nll_low", "nll_high", "documents")
+        fields = ("nll", "nll_low", "nll_high", "documents")
         return {
             "perplexity": {name: math.exp(row["nll"]) for name, row in rows.items()},
-            **{field: {name: row[field] for name, row in rows.items()} for field in kept},
+            **{field: {name: row[field] for name, row in rows.items()} for field in fields},
         }

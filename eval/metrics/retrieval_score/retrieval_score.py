@@ -43,8 +43,8 @@ Examples:
 """
 
 _MATCHES: dict[str, Callable[[str, list[str]], bool]] = {
-    "all": lambda text, wanted: all(one in text for one in wanted),
-    "any": lambda text, wanted: any(one in text for one in wanted),
+    "all": lambda text, wanted: all(reference in text for reference in wanted),
+    "any": lambda text, wanted: any(reference in text for reference in wanted),
     "exact": lambda text, wanted: text in wanted,
 }
 
@@ -79,12 +79,12 @@ class RetrievalScore(evaluate.Metric):
             raise ValueError(f"`match` must be one of {', '.join(_MATCHES)}; got {match!r}.")
         if not predictions:
             raise ValueError("There are no predictions to score.")
-        if not all(wanted and all(one.strip() for one in wanted) for wanted in references):
+        if not all(wanted and all(reference.strip() for reference in wanted) for wanted in references):
             raise ValueError("Every answer needs at least one reference, and none may be empty: all texts hold it.")
         if groups is not None and len(groups) != len(predictions):
             raise ValueError(f"`groups` has {len(groups)} labels for {len(predictions)} predictions.")
         right = [
-            _MATCHES[match](text.strip().casefold(), [one.strip().casefold() for one in wanted])
+            _MATCHES[match](text.strip().casefold(), [reference.strip().casefold() for reference in wanted])
             for text, wanted in zip(predictions, references, strict=True)
         ]
         result: dict[str, Any] = share_right(right)
