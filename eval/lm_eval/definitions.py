@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rope_scaling.errors import RopeScalingError
+from rope_scaling.errors import RopeScalingError, first_line
 from rope_scaling.eval.extras import need
 
 
@@ -103,7 +103,7 @@ def load_task(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])["tasks"][name]
     except Exception as error:
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise RopeScalingError(f"lm-eval cannot load the task {name!r}: {reason}") from error
 
 

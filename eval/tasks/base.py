@@ -120,7 +120,7 @@ class Task(ABC):
         return self.settings()
 
     @abstractmethod
-    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Any], int]:
+    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Item], int]:
         """What will be scored, and how many texts did not fit (`skipped_because`).
 
         Raises:

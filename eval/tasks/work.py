@@ -9,7 +9,7 @@ from typing import Any
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.hashes import hash_of
 from rope_scaling.eval.scoring.identity import tokenizer_sha256
-from rope_scaling.eval.tasks.base import Task
+from rope_scaling.eval.tasks.base import Item, Task
 from rope_scaling.eval.tasks.source import Source
 
 
@@ -18,7 +18,7 @@ class Work:
     """A task with its items."""
 
     task: Task
-    items: Sequence[Any]
+    items: Sequence[Item]
     skipped: int = 0
     """Texts that did not fit; `Task.skipped_because` says why."""
     tokenizer_sha256: str = ""
