@@ -30,10 +30,10 @@ from statistics import median
 import torch
 
 import rope_scaling
-from rope_scaling.eval.answers import Trial, answer_scores
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.perplexity import nll_curve
-from rope_scaling.eval.tasks.base import Source
+from rope_scaling.eval.scoring.answers import Trial, answer_scores
+from rope_scaling.eval.scoring.nll import nll_curve
+from rope_scaling.eval.tasks import Source
 from rope_scaling.eval.tasks.niah import NiahMultikey
 from rope_scaling.eval.tasks.niah_nested import NiahNested
 from rope_scaling.hf.host import CACHE_NAME

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.eval.hashes import hash_of
 from rope_scaling.lengths import parse_lengths as parse_lengths
 
 
@@ -24,7 +24,7 @@ class Document:
     @property
     def sha256(self) -> str:
         """Hash of the token ids, 16 hexadecimal digits."""
-        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+        return hash_of(self.ids.numpy().astype("<i8").tobytes())
 
     @property
     def cost(self) -> int:
@@ -39,6 +39,11 @@ class Documents:
     items: list[Document]
     skipped: int
     """Documents shorter than the shortest length."""
+
+
+def documents_sha256(documents: Documents) -> str:
+    """Hash of the tokens of all documents, 16 hexadecimal digits."""
+    return hash_of("".join(document.sha256 for document in documents.items).encode())
 
 
 def make_documents(
@@ -79,9 +84,9 @@ def make_documents(
             if len(items) == max_documents:
                 return Documents(items, skipped)
     if not items:
-        found = f"the longest of {seen} has {longest} tokens" if seen else "there are none"
+        read = f"the longest of {seen} has {longest} tokens" if seen else "there are none"
         raise RopeScalingError(
-            f"No document has {lengths[0]} tokens, the shortest length: {found}. Give longer texts or shorter "
+            f"No document has {lengths[0]} tokens, the shortest length: {read}. Give longer texts or shorter "
             "`--lengths`."
         )
     return Documents(items, skipped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -17,13 +16,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig, check_lengths
-from rope_scaling.eval.identity import method_sha256, weights_sha256
+from rope_scaling.eval.files import SCHEMA, Row
+from rope_scaling.eval.hashes import hash_of
 from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec, with_yarn
-from rope_scaling.eval.perplexity import check_static
-from rope_scaling.eval.rows import SCHEMA, environment, frequencies_sha256
-from rope_scaling.eval.store import SavedScores, Store, run_settings
+from rope_scaling.eval.scoring.identity import environment, frequencies_sha256, method_sha256, weights_sha256
+from rope_scaling.eval.scoring.nll import check_static
+from rope_scaling.eval.scoring.saved_scores import SavedScores
+from rope_scaling.eval.store import Store, run_settings
 from rope_scaling.eval.suites import check_tasks
-from rope_scaling.eval.tasks import Row, Scores, Work
+from rope_scaling.eval.tasks import Scores, Work
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.patch import applied_patch
 from rope_scaling.hf.pretrained import RECORD_KEY
@@ -87,7 +88,7 @@ def evaluate(
     """
     check_lengths(config.lengths)
     check_static(model)
-    check_tasks([one.task for one in work])
+    check_tasks([part.task for part in work])
     slots = rotary_slots(model)
     if applied_patch(slots) is not None or hasattr(slots[0].config, RECORD_KEY):
         raise RopeScalingError(
@@ -110,28 +111,28 @@ def evaluate(
     for spec in methods:
         with spec.patched(model, config.factor):
             measured.append(_measure(model, work, spec, config, store, progress))
-    rows = [row for one in work for row in _rows(one, measured, config)]
+    rows = [row for part in work for row in _rows(part, measured, config)]
     store.finish(rows)
     return rows, measured
 
 
-def _rows(one: Work, measured: list[Measured], config: EvaluationConfig) -> list[Row]:
-    settings = one.task.settings()
+def _rows(part: Work, measured: list[Measured], config: EvaluationConfig) -> list[Row]:
+    settings = part.task.settings()
     shared = {
         "schema": SCHEMA,
-        "task": one.task.name,
+        "task": part.task.name,
         **({"settings": settings} if settings else {}),
         **vars(config),
-        "documents_sha256": one.sha256,
-        "documents_skipped": one.skipped,
-        "tokenizer_sha256": one.tokenizer_sha256,
+        "documents_sha256": part.sha256,
+        "documents_skipped": part.skipped,
+        "tokenizer_sha256": part.tokenizer_sha256,
         "versions": environment(),
     }
-    plain, cropped = (method.scores[one.task.name] for method in measured[:2])
+    plain, cropped = (method.scores[part.task.name] for method in measured[:2])
     return [
-        {**shared, **method.facts, "scores": method.stored[one.task.name], **row}
+        {**shared, **method.facts, "scores": method.stored[part.task.name], **row}
         for method in measured
-        for row in one.task.rows(one.items, Scores(method.scores[one.task.name], plain, cropped), config)
+        for row in part.task.rows(part.items, Scores(method.scores[part.task.name], plain, cropped), config)
     ]
 
 
@@ -156,23 +157,23 @@ def _measure(
         "method_sha256": method_sha256(model, config.lengths[-1]),
     }
     measured = Measured(spec.label, facts)
-    for one in work:
-        name = one.task.name
-        measured.stored[name], saved = store.open(one, facts["method_sha256"], cropped=plain is not None)
+    for part in work:
+        name = part.task.name
+        measured.stored[name], saved = store.open(part, facts["method_sha256"], cropped=plain is not None)
         known = None if plain is None else plain.scores[name]
 
-        def score(index: int, one: Work = one, known: list[np.ndarray] | None = known) -> np.ndarray:
+        def score(index: int, part: Work = part, known: list[np.ndarray] | None = known) -> np.ndarray:
             if known is None:
-                return one.task.score(model, one.items[index], config)
-            return one.task.score_cropped(model, one.items[index], known[index], config)
+                return part.task.score(model, part.items[index], config)
+            return part.task.score_cropped(model, part.items[index], known[index], config)
 
         def add_cost(tokens: int, seconds: float, name: str = name) -> None:
             # What cropping cost cannot be told: it takes most of its scores from the unpatched model.
             if plain is None:
                 store.add_cost(_cost(spec.label, name, tokens, seconds))
 
-        measured.found += sum(item.sha256 in saved.found for item in one.items)
-        measured.scores[name] = _score_all(one, saved, score, spec.label, progress, add_cost)
+        measured.found += sum(item.sha256 in saved.found for item in part.items)
+        measured.scores[name] = _score_all(part, saved, score, spec.label, progress, add_cost)
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
         raise RopeScalingError(
             f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing."
@@ -187,7 +188,7 @@ def _cost(label: str, task: str, tokens: int, seconds: float) -> Row:
 
 
 def _score_all(
-    one: Work,
+    part: Work,
     saved: SavedScores,
     score: Callable[[int], np.ndarray],
     label: str,
@@ -197,38 +198,38 @@ def _score_all(
     """Scores of all items; what is missing is shared among the processes, and kept as soon as it is there."""
     state = process_state()
     (scores,) = broadcast_object_list([saved.scores])
-    hashes = [item.sha256 for item in one.items]
+    hashes = [item.sha256 for item in part.items]
     missing = [index for index, name in enumerate(hashes) if name not in scores]
-    for item in one.items:
+    for item in part.items:
         if item.sha256 in scores:
             progress(label, item.cost)
     for start in range(0, len(missing), state.num_processes):
         mine = missing[start + state.process_index : start + state.process_index + 1]
         started = time.monotonic()
-        found = gather_object([_attempt(score, index, one, label) for index in mine])
-        for index, values, error in found:
+        attempts = gather_object([_attempt(score, index, part, label) for index in mine])
+        for index, values, error in attempts:
             if error:
                 raise RopeScalingError(error)
             scores[hashes[index]] = values
-            progress(label, one.items[index].cost)
+            progress(label, part.items[index].cost)
             if state.is_main_process:
                 saved.add(hashes[index], values)
-        add_cost(sum(one.items[index].cost for index, _, _ in found), time.monotonic() - started)
+        add_cost(sum(part.items[index].cost for index, _, _ in attempts), time.monotonic() - started)
     return [scores[name] for name in hashes]
 
 
-def _attempt(score: Callable[[int], np.ndarray], index: int, one: Work, label: str) -> tuple[int, Any, str]:
+def _attempt(score: Callable[[int], np.ndarray], index: int, part: Work, label: str) -> tuple[int, Any, str]:
     """An error is handed on, so that no process waits for one that has stopped."""
     try:
         values = score(index)
     except RopeScalingError as error:
         return index, None, str(error)
     if not np.isfinite(values).all():
-        name = one.items[index].name
+        name = part.items[index].name
         return index, None, f"{label!r} gives losses that are not finite on {name!r}: nothing to average."
     return index, values, ""
 
 
 def settings_sha256(config: EvaluationConfig, work: list[Work]) -> str:
     """A name for a run: runs of equal settings and versions share it, 8 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(run_settings(config, work), sort_keys=True).encode()).hexdigest()[:8]
+    return hash_of(json.dumps(run_settings(config, work), sort_keys=True).encode())[:8]

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.identity import digest
-from rope_scaling.eval.rows import environment, read_rows, write_atomically, write_rows
-from rope_scaling.eval.tasks.base import Row, Work
+from rope_scaling.eval.files import Row, read_rows, write_atomically, write_rows
+from rope_scaling.eval.hashes import digest
+from rope_scaling.eval.lm_eval.task import HarnessTask
+from rope_scaling.eval.scoring.identity import environment
+from rope_scaling.eval.scoring.saved_scores import SavedScores
+from rope_scaling.eval.tasks import TASKS, Work
 
 
 FORMAT = 2
 """Of the folder. Format 1 named scores by the label of a method, which does not say what they were measured with."""
-
-
-class SavedScores:
-    """The scores of one method on the items of one task: a file per item, named by the hash of the item."""
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-        self.scores: dict[str, np.ndarray] = {}
-        if folder is not None and folder.exists():
-            self.scores = {path.stem: np.load(path) for path in folder.glob("*.npy")}
-        self.found = set(self.scores)
-        """Items that an earlier run scored."""
-
-    def add(self, item: str, values: np.ndarray) -> None:
-        """Keeps the scores of one item, on disk before anything else is measured."""
-        self.scores[item] = values
-        if self.folder is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, values)
-            write_atomically(self.folder / f"{item}.npy", buffer.getvalue())
 
 
 class Store:
@@ -75,7 +55,7 @@ class Store:
                 _remove(folder, old)
                 old = {}
             settings["tasks"] = {**old.get("tasks", {}), **settings["tasks"]}
-        elif folder.exists() and any(path.name not in _KEPT for path in folder.iterdir()):
+        elif folder.exists() and {path.name for path in folder.iterdir()} - _PREPARED:
             raise RopeScalingError(
                 f"The output folder {str(folder)!r} exists and holds other files. Give a new or empty one."
             )
@@ -85,21 +65,21 @@ class Store:
             raise RopeScalingError(f"Cannot make the output folder {str(folder)!r}: {error}") from error
         write_atomically(recorded, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
 
-    def open(self, one: Work, method: str, cropped: bool) -> tuple[str, SavedScores]:
+    def open(self, part: Work, method: str, cropped: bool) -> tuple[str, SavedScores]:
         """The name of the scores of a task under a method, and those that are there already.
 
         Args:
-            one (`Work`): The task with its items.
+            part (`Work`): The task with its items.
             method (`str`): What `method_sha256` gives.
             cropped (`bool`): Whether the scores are those of the cropping baseline.
         """
-        stored_as, config = one.task.stored_as(self.config), self.config
+        stored_as, config = part.task.stored_as(self.config), self.config
         identity = {
             "weights": config.weights_sha256,
-            "tokenizer": one.tokenizer_sha256,
+            "tokenizer": part.tokenizer_sha256,
             "method": method,
             "cropped": cropped,
-            "task": [stored_as, one.task.scored_with()],
+            "task": [stored_as, part.task.scored_with()],
             "lengths": [config.trained_length, *config.lengths],
             "arithmetic": [config.dtype, config.device, config.chunk_size],
             "versions": environment(),
@@ -131,7 +111,7 @@ class Store:
 
 _SAID = {"weights_sha256": "hash of the model's weights and config"}
 """What messages call some settings."""
-_KEPT = {"key_tokens", "ruler"}
+_PREPARED = {task.keeps for task in (*TASKS.values(), HarnessTask)}
 """What preparing a run may have left before its settings are written."""
 
 
@@ -142,15 +122,15 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     keys = sorted((old.keys() | new.keys()) - {"tasks"})
     pairs = [(_SAID.get(key, key), old.get(key), new.get(key)) for key in keys]
     for task in sorted(old.get("tasks", {}).keys() & new["tasks"].keys()):
-        there, here = old["tasks"][task], new["tasks"][task]
+        old_task, new_task = old["tasks"][task], new["tasks"][task]
         # `items` says the same as `documents_sha256`, at length.
-        pairs += [(f"{task}.{key}", there.get(key), here.get(key)) for key in here if key != "items"]
-    return [f"{key} (there {there!r}, now {here!r})" for key, there, here in pairs if there != here]
+        pairs += [(f"{task}.{key}", old_task.get(key), new_task.get(key)) for key in new_task if key != "items"]
+    return [f"{key} (there {recorded!r}, now {given!r})" for key, recorded, given in pairs if recorded != given]
 
 
 def _remove(folder: Path, settings: dict[str, Any]) -> None:
     """Removes the rows, costs and scores of a run, and nothing else."""
-    stored = {one.get("stored_as", task) for task, one in settings.get("tasks", {}).items()}
+    stored = {recorded.get("stored_as", task) for task, recorded in settings.get("tasks", {}).items()}
     for name in stored:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("rows.jsonl", "costs.jsonl", "settings.json"):
@@ -182,16 +162,16 @@ def _merged(old: list[Row], new: list[Row]) -> list[Row]:
 def run_settings(config: EvaluationConfig, work: list[Work]) -> dict[str, Any]:
     """What has to be equal for two runs to give equal rows."""
     tasks = {
-        one.task.name: {
-            "settings": one.task.settings(),
-            "scored_with": one.task.scored_with(),
-            "stored_as": one.task.stored_as(config),
-            "tokenizer_sha256": one.tokenizer_sha256,
-            "documents_sha256": one.sha256,
-            "documents_skipped": one.skipped,
-            "items": {item.name: item.sha256 for item in one.items},
+        part.task.name: {
+            "settings": part.task.settings(),
+            "scored_with": part.task.scored_with(),
+            "stored_as": part.task.stored_as(config),
+            "tokenizer_sha256": part.tokenizer_sha256,
+            "documents_sha256": part.sha256,
+            "documents_skipped": part.skipped,
+            "items": {item.name: item.sha256 for item in part.items},
         }
-        for one in work
+        for part in work
     }
     # Versions are part of the settings: scores of two versions must not meet in one table.
     return {"format": FORMAT, **vars(config), "versions": environment(), "tasks": tasks}

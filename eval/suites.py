@@ -63,7 +63,8 @@ def make_task(name: str, settings: Mapping[str, Any]) -> Task:
     try:
         return TypeAdapter(cls).validate_python(dict(settings))
     except ValidationError as error:
-        raise RopeScalingError(" ".join(sentence(one, f"task {name!r}", cls) for one in error.errors()[:3])) from None
+        details = error.errors()[:3]
+        raise RopeScalingError(" ".join(sentence(detail, f"task {name!r}", cls) for detail in details)) from None
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -10,9 +10,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.perplexity import nll_curve
-from rope_scaling.eval.report import length_name
-from rope_scaling.eval.rows import position_buckets
+from rope_scaling.eval.formatting import length_name
+from rope_scaling.eval.scoring.buckets import position_buckets
+from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.recipes.processes import any_process
 from rope_scaling.training import PoseCollator
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from rope_scaling.eval.report import bucket_names, difference_text, perplexity_text
-from rope_scaling.eval.rows import write_atomically
+from rope_scaling.eval.files import write_atomically
+from rope_scaling.eval.formatting import bucket_names, difference_text, perplexity_text
 from rope_scaling.recipes.config import Recipe
 from rope_scaling.recipes.measure import STAGES
 

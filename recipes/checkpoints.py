@@ -14,7 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rope_scaling.errors import RopeScalingError, cause_of, first_line, system_error
-from rope_scaling.eval.rows import frequencies_sha256, write_atomically
+from rope_scaling.eval.files import write_atomically
+from rope_scaling.eval.scoring.identity import frequencies_sha256
 from rope_scaling.hf.patch import patch_record
 from rope_scaling.recipes.config import Recipe
 

@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 
 from rope_scaling.errors import RopeScalingError, cause_of
-from rope_scaling.eval.documents import Document, Documents
-from rope_scaling.eval.perplexity import nll_curve
-from rope_scaling.eval.rows import (
-    SCHEMA,
-    documents_sha256,
-    environment,
-    frequencies_sha256,
-    measure,
-    write_atomically,
-    write_rows,
-)
+from rope_scaling.eval.documents import Document, Documents, documents_sha256
+from rope_scaling.eval.files import SCHEMA, write_atomically, write_rows
+from rope_scaling.eval.scoring.buckets import measure
+from rope_scaling.eval.scoring.identity import environment, frequencies_sha256
+from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.hf.patch import patch_as_recorded, patch_record, unpatch
 from rope_scaling.recipes.checkpoints import saving
 from rope_scaling.recipes.config import Recipe

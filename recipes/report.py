@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.report import bucket_names, difference_text, perplexity_text
-from rope_scaling.eval.rows import read_rows, write_rows
+from rope_scaling.eval.files import read_rows, write_rows
+from rope_scaling.eval.formatting import bucket_names, difference_text, perplexity_text
 from rope_scaling.recipes.card import markdown
 
 

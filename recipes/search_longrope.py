@@ -22,7 +22,7 @@ import torch
 from rope_scaling import default_inv_freq, make_method, patched
 from rope_scaling.demo.corpus import training_documents
 from rope_scaling.eval.documents import Document, make_documents
-from rope_scaling.eval.perplexity import nll_curve
+from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.geometry import RopeGeometry
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.loading import load_model, load_tokenizer

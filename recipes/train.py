@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.documents import parse_lengths
-from rope_scaling.eval.identity import weights_sha256
+from rope_scaling.eval.scoring.identity import weights_sha256
 from rope_scaling.hf.adapters import record_adapter
 from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
 from rope_scaling.hf.describe import read_description

@@ -26,12 +26,13 @@ ALLOWED = {
     "lengths": {"errors"},
     "notation": {"errors", "lengths"},
     "frequencies": {"errors", "geometry", "notation"},
-    "spans": {"errors", "frequencies", "geometry", "notation"},
+    "devices": set(),
+    "spans": {"devices", "errors", "frequencies", "geometry", "notation"},
     "temperatures": {"errors", "notation"},
     "registry": {"errors", "frequencies", "notation", "spans", "temperatures"},
     "methods": {"errors", "lengths", "notation", "registry"},
     "relative": {"errors", "geometry", "methods", "spans"},
-    "attention": {"errors", "spans"},
+    "attention": {"devices", "errors", "spans"},
     "training": {"errors"},
     "strict": {"errors"},
     "texts": {"demo", "errors"},
@@ -132,6 +133,47 @@ def test_direction(file, room):
         on_use = room != "recipes" and "metrics" not in file.parts  # `evaluate` loads what is in `metrics` by itself
         assert not (at_load and top in ("matplotlib", "datasets") and on_use), f"{name} must load on use"
         assert not name.startswith((".", "recipes", "eval.")), "absolute imports only"
+
+
+EVAL_ORDER = {"base": 0, "scoring": 1, "metrics": 2, "tasks": 2, "lm_eval": 3, "report": 4, "run": 4}
+"""Rooms of `eval/`: each may import from rooms of a lower number. Modules of its top level are in `base` or `run`."""
+
+
+def eval_room(parts):
+    if len(parts) > 1:
+        return parts[0]
+    return "run" if parts[0] in ("run", "store", "suites") else "base"
+
+
+EVAL = ROOMS["rope_scaling.eval"]
+
+
+@pytest.mark.parametrize("file", sorted(EVAL.rglob("*.py")), ids=lambda file: file.relative_to(EVAL).as_posix())
+def test_direction_inside_eval(file):
+    own = eval_room(file.relative_to(EVAL).with_suffix("").parts)
+    for name, _ in imports(file):
+        if name.startswith("rope_scaling.eval."):
+            parts = name.split(".")[2:]
+            is_room = (EVAL / parts[0]).is_dir()
+            target = parts[0] if is_room else eval_room(parts[:1])
+            assert target == own or EVAL_ORDER[target] < EVAL_ORDER[own], f"{own} must not import {name}"
+
+
+def test_eval_has_no_import_circle():
+    graph = {}
+    for file in EVAL.rglob("*.py"):
+        parts = file.relative_to(EVAL).with_suffix("").parts
+        module = ".".join(["rope_scaling.eval", *parts]).removesuffix(".__init__")
+        graph[module] = {name for name, at_load in imports(file) if at_load}
+
+    def walk(module, path):
+        assert module not in path, " -> ".join([*path, module])
+        for target in graph.get(module, ()):
+            if target in graph and target != module:
+                walk(target, [*path, module])
+
+    for module in graph:
+        walk(module, [])
 
 
 def test_import_loads_torch_and_nothing_heavy():

@@ -442,7 +442,7 @@ def method_text_of(methods):
 
 
 def test_a_run_of_before_and_one_of_now_say_the_same_of_a_method(tmp_path):
-    from rope_scaling.eval.rows import read_rows
+    from rope_scaling.eval.files import read_rows
 
     lines = [{"in_effect": text, "method": "yarn"} for text in ("yarn(factor=4)", "yarn:factor=4")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"method": "costs"}])))

@@ -12,8 +12,8 @@ import typer
 
 from rope_scaling import METHODS
 from rope_scaling.cli.main import app
-from rope_scaling.eval.report import markdown_tables
-from rope_scaling.eval.rows import read_rows
+from rope_scaling.eval.files import read_rows
+from rope_scaling.eval.report.tables import markdown_tables
 from rope_scaling.eval.tasks import TASKS
 from rope_scaling.recipes.config import recipe_names
 from rope_scaling.recipes.report import tables

@@ -1,22 +1,22 @@
-"""What a task is: it makes items, scores a model on one of them, and turns scores into rows."""
+"""What a task is: it makes items, scores a model on one of them, turns scores into rows, and shows rows.
+
+A task of your own is a subclass of `Task` or of a kind of task (`CurveTask`, `PromptTask`, `RetrievalTask`); a line in
+`TASKS` makes it known to the command line, suites and reports.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.documents import Documents, make_documents
-from rope_scaling.eval.identity import tokenizer_sha256
-from rope_scaling.eval.rows import hash_of
-
-
-Row = dict[str, Any]
+from rope_scaling.eval.files import Row
+from rope_scaling.eval.formatting import Table
+from rope_scaling.eval.tasks.source import Source
 
 
 class Item(Protocol):
@@ -35,52 +35,77 @@ class Item(Protocol):
         """Tokens that go through the model."""
 
 
-@dataclass
-class Source:
-    """Where a run's texts come from."""
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one method and of the two baselines, one array an item."""
 
-    texts: Callable[[], Iterable[tuple[str, str]]]
-    """Gives names and texts, anew at every call."""
-    tokenizer: Any
-    pieces: bool = False
-    """Cut texts into as many documents of the longest length as they hold."""
-    max_documents: int | None = None
-    folder: Path | None = None
-    """The run's output folder, for what is worth keeping besides scores."""
-    fresh: bool = False
-    """Measure anew what the folder keeps."""
-    shared: dict[str, Any] = field(default_factory=dict)
-    """What tasks of one run make once and share, by name."""
-    _documents: dict[tuple[int, ...], Documents] = field(default_factory=dict)
+    own: list[np.ndarray]
+    unpatched: list[np.ndarray]
+    cropping: list[np.ndarray]
 
-    def documents(self, lengths: list[int]) -> Documents:
-        """The texts as documents of at least the shortest and at most the longest length."""
-        key = tuple(lengths)
-        if key not in self._documents:
-            self._documents[key] = make_documents(
-                self.texts(), self.tokenizer, lengths, pieces=self.pieces, max_documents=self.max_documents
-            )
-        return self._documents[key]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+class Picture(NamedTuple):
+    """A figure of a report."""
 
-    @property
-    def bos(self) -> list[int]:
-        """The BOS as a list, empty if the tokenizer has none."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+    name: str
+    """Of its file, without the suffix."""
+    figure: Any
+    """One of Matplotlib's."""
+    alt: str
+    """What it shows, in words."""
+
+
+@dataclass(frozen=True)
+class SummaryEntry:
+    """A number that a reader wants to know first of a method, by the name that conditions of a report use."""
+
+    name: str
+    value: float | None
+    """`None` if the rows do not have it."""
+    heading: str = ""
+    """Of its column in the summary, where `{longest}` is the longest length; empty for no column."""
+    text: str = ""
+    """Of its cell."""
+    note: str = ""
+    """An explanation of the column, for those whose heading is not enough."""
+
+    @classmethod
+    def of(
+        cls,
+        rows: list[Row],
+        name: str,
+        field: str,
+        heading: str = "",
+        text: Callable[[Row], str] = lambda row: "",
+        note: str = "",
+    ) -> SummaryEntry:
+        """The entry for `field` of the last of some rows; its value is `None` if there are no rows."""
+        if not rows:
+            return cls(name, None, heading, "", note)
+        return cls(name, rows[-1][field], heading, text(rows[-1]), note)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A task; its fields are settings, from a suite's file or the command line."""
+    """A task; its fields are settings, from a suite's file or the command line.
+
+    Its class methods present rows as they are on disk, all of one task; a report has no instance of the task.
+    """
 
     name: ClassVar[str]
     about: ClassVar[str]
     """What it measures, in a line."""
     skipped_because: ClassVar[str] = "were shorter than the shortest length"
     """Of texts that do not fit, for the user."""
+    keeps: ClassVar[str] = ""
+    """Sub-folder of `Source.folder` in which `items` keeps what is expensive to make."""
+    recognised_by: ClassVar[str] = ""
+    """Value of `measure` by which a report recognises rows of this kind of task under any name; if empty, the rows are
+    recognised by the task's name alone."""
+    place: ClassVar[int] = 3
+    """Order of its columns in the summary; tasks of equal place are ordered by name."""
+    draws_scores: ClassVar[bool] = False
+    """Whether `pictures` takes scores beside rows."""
 
     def stored_as(self, config: EvaluationConfig) -> str:
         """Under which name scores are stored: tasks that need the same scores of the same items share one."""
@@ -95,7 +120,7 @@ class Task(ABC):
         return self.settings()
 
     @abstractmethod
-    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Any], int]:
+    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Item], int]:
         """What will be scored, and how many texts did not fit (`skipped_because`).
 
         Raises:
@@ -117,34 +142,23 @@ class Task(ABC):
     def rows(self, items: Sequence[Any], scores: Scores, config: EvaluationConfig) -> list[Row]:
         """Measurements of one method."""
 
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """Tables of all methods."""
+        return []
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one method and of the two baselines, one array an item."""
+    @classmethod
+    def pictures(cls, rows: list[Row], scores: Mapping[str, list[np.ndarray]]) -> Iterator[Picture]:
+        """Figures of all methods.
 
-    own: list[np.ndarray]
-    unpatched: list[np.ndarray]
-    cropping: list[np.ndarray]
+        Args:
+            rows (list of `dict`): Rows of the task.
+            scores (mapping of label to list of `np.ndarray`): Of each method, one array an item; empty unless
+                `draws_scores`, or if the folder holds rows only.
+        """
+        yield from ()
 
-
-@dataclass(frozen=True)
-class Work:
-    """A task with its items."""
-
-    task: Task
-    items: Sequence[Any]
-    skipped: int = 0
-    """Texts that did not fit; `Task.skipped_because` says why."""
-    tokenizer_sha256: str = ""
-    """Hash of the tokenizer that made the items."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of all items, with what decides which of their scores count; 16 hexadecimal digits."""
-        return hash_of("".join(getattr(item, "rows_sha256", item.sha256) for item in self.items).encode())
-
-
-def prepare(tasks: Iterable[Task], source: Source, config: EvaluationConfig, model: Any) -> list[Work]:
-    """The items of every task. Nothing has been measured yet when a task cannot be done."""
-    tokenizer = tokenizer_sha256(source.tokenizer)
-    return [Work(task, *task.items(source, config, model), tokenizer) for task in tasks]
+    @classmethod
+    def summary(cls, rows: list[Row]) -> list[SummaryEntry]:
+        """What a reader wants to know first, of one method; entries and their columns are the same for all methods."""
+        return []

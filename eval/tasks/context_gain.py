@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +12,14 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.intervals import estimate
-from rope_scaling.eval.perplexity import nll_curve
-from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
+from rope_scaling.eval.figures import lengths_figure
+from rope_scaling.eval.files import Row
+from rope_scaling.eval.formatting import Table, difference_text, lines_by_length, to_cropping_text
+from rope_scaling.eval.methods import CROPPING
+from rope_scaling.eval.scoring.nll import nll_curve
+from rope_scaling.eval.stats import estimate, paired
+from rope_scaling.eval.tasks.base import Picture, Scores, SummaryEntry, Task
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,8 @@ class ContextGain(Task):
 
     name: ClassVar[str] = "context_gain"
     about: ClassVar[str] = "the same last tokens with more and more context before them"
+    recognised_by: ClassVar[str] = "context"
+    place: ClassVar[int] = 1
 
     num_targets: int | None = None
     """Tokens that are scored; by default a quarter of the trained length, and at most 1,024."""
@@ -81,16 +88,39 @@ class ContextGain(Task):
 
             own = sums(scores.own)
             row: Row = {"measure": "context", "to": length, "documents": len(chosen), "tokens": int(counts.sum())}
-            for field, value in (
-                ("nll", own),
-                ("gain", sums(scores.own, 1) - own),
-                ("difference", own - sums(scores.unpatched)),
-                ("to_cropping", own - sums(scores.cropping)),
-            ):
-                row |= estimate(value, counts, config.seed).fields(field)
+            row |= paired("nll", own, sums(scores.unpatched), sums(scores.cropping), counts, config.seed)
+            row |= estimate(sums(scores.own, 1) - own, counts, config.seed).fields("gain")
             rows.append(row)
         return rows
 
     def _window(self, model: Any, ids: torch.Tensor, length: int, config: EvaluationConfig) -> np.ndarray:
         window = torch.cat([ids[:1], ids[len(ids) - length + 1 :]])
         return nll_curve(model, window[None], config.chunk_size)[0, -self.targets(config) :].numpy()
+
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """The gain over 1x, and the difference to cropping, by length."""
+        gain = "Context gain: nats a token that more context than 1x saves on the same last tokens, 95% interval"
+        cropping = f"The same tokens: difference to {CROPPING}, nats a token, 95% interval"
+        return [
+            Table(gain, lines_by_length(rows, "context", _gain_text)),
+            Table(cropping, lines_by_length(rows, "context", to_cropping_text)),
+        ]
+
+    @classmethod
+    def pictures(cls, rows: list[Row], scores: Mapping[str, list[np.ndarray]]) -> Iterator[Picture]:
+        """The gain by length."""
+        title = "Nats a token that context beyond 1x saves on the same last tokens"
+        trained = rows[0]["trained_length"]
+        figure = lengths_figure(rows, "gain", trained, title, "gain over 1x, nats a token")
+        yield Picture(rows[0]["task"], figure, "gain from context beyond the trained length")
+
+    @classmethod
+    def summary(cls, rows: list[Row]) -> list[SummaryEntry]:
+        """The gain at the longest length."""
+        longest = [row for row in rows if row["to"] == row["lengths"][-1]]
+        return [SummaryEntry.of(longest, "context_gain", "gain", "context gain, nats", _gain_text)] if longest else []
+
+
+def _gain_text(row: Row) -> str:
+    return difference_text(row, "gain")

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from rope_scaling.demo.retrieval import word
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.answers import Prompt, Question
-from rope_scaling.eval.tasks.retrieval import RetrievalTask, Writer
+from rope_scaling.eval.scoring.answers import Prompt, Question, longest
+from rope_scaling.eval.tasks.prompts import Writer
+from rope_scaling.eval.tasks.retrieval_task import RetrievalTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,5 +56,4 @@ class KvRetrieval(RetrievalTask):
         lines = "".join(f'    "{key}": {value},\n' for key, value in table.items())
         head = writer.source.bos + writer.encode("table = {\n" + lines + "}\n")
         questions = [writer.question(f'assert table["{key}"] ==', f" {value}") for key, value in table.items()]
-        tail = max(len(question.ids) + len(question.answer) for question in questions)
-        return [Prompt(head + writer.text(length - len(head) - tail).ids, questions)]
+        return [Prompt(head + writer.text(length - len(head) - longest(questions)).ids, questions)]

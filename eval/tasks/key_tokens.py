@@ -7,7 +7,6 @@ before them, and much better than with the last tokens only.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,26 +17,23 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.identity import digest, method_sha256, weights_sha256
-from rope_scaling.eval.methods import UNPATCHED, MethodSpec, parse_method, self_extend_to
-from rope_scaling.eval.perplexity import nll_curve, windowed_nll_curve
-from rope_scaling.eval.rows import environment, hash_of, measure, write_atomically
-from rope_scaling.eval.tasks.base import Row, Scores, Source
-from rope_scaling.eval.tasks.perplexity import CurveTask
+from rope_scaling.eval.files import Row, write_arrays
+from rope_scaling.eval.formatting import Table
+from rope_scaling.eval.hashes import digest
+from rope_scaling.eval.methods import CROPPING, UNPATCHED, MethodSpec, parse_method, self_extend_to
+from rope_scaling.eval.scoring.buckets import measure
+from rope_scaling.eval.scoring.identity import environment, method_sha256, weights_sha256
+from rope_scaling.eval.scoring.nll import nll_curve, windowed_nll_curve
+from rope_scaling.eval.tasks.base import Scores
+from rope_scaling.eval.tasks.curve_task import (
+    CurveTask,
+    MaskedDocument,
+    difference_lines,
+    masked,
+    perplexity_lines,
+)
+from rope_scaling.eval.tasks.source import Source
 from rope_scaling.hf.loading import load_model, load_tokenizer
-
-
-@dataclass(frozen=True)
-class MaskedDocument(Document):
-    """A document, and which of its tokens are key tokens."""
-
-    mask: np.ndarray
-    """`[T - 1]`, aligned with the document's curve."""
-
-    @property
-    def rows_sha256(self) -> str:
-        """Hash of tokens and mask, 16 hexadecimal digits."""
-        return hash_of(self.sha256.encode() + self.mask.tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +42,7 @@ class KeyTokens(CurveTask):
 
     name: ClassVar[str] = "key_tokens"
     about: ClassVar[str] = "loss on the tokens that a long context makes predictable"
+    keeps: ClassVar[str] = "key_tokens"
 
     evaluator: str | None = None
     """Model that decides which tokens are key; it needs the same tokenizer. By default the evaluated model."""
@@ -68,8 +65,7 @@ class KeyTokens(CurveTask):
                 f"`short_context` must be 8 or more tokens, and less than the longest length {config.lengths[-1]}; "
                 f"got {short}."
             )
-        masks = self._masks(list(documents), source, config, model, short)
-        return [MaskedDocument(one.name, one.ids, mask) for one, mask in zip(documents, masks, strict=True)], skipped
+        return masked(documents, self._masks(list(documents), source, config, model, short)), skipped
 
     def rows(self, items: Sequence[MaskedDocument], scores: Scores, config: EvaluationConfig) -> list[Row]:  # type: ignore[override]
         """A row a bucket and a row a prefix, over key tokens alone."""
@@ -84,6 +80,16 @@ class KeyTokens(CurveTask):
             masks=masks,
         )
 
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """Perplexity of key tokens by bucket, and the difference to cropping."""
+        count = max(row["tokens"] for row in rows)
+        title = f"Key tokens: difference to {CROPPING}, nats a token, 95% interval"
+        return [
+            Table(f"Perplexity of the {count} key tokens, by position", perplexity_lines(rows)),
+            Table(title, difference_lines(rows, "to_cropping", CROPPING)),
+        ]
+
     def _masks(
         self, documents: list[Document], source: Source, config: EvaluationConfig, model: Any, short: int
     ) -> list[np.ndarray]:
@@ -95,22 +101,18 @@ class KeyTokens(CurveTask):
                     "others. Give an evaluator of the same family."
                 )
             evaluator = load_model(self.evaluator, config.dtype, config.device)
-        path = source.folder and source.folder / "key_tokens" / f"masks-{self._name(evaluator, documents, config)}.npz"
+        path = source.folder and source.folder / self.keeps / f"masks-{self._name(evaluator, documents, config)}.npz"
         if path and path.exists() and not source.fresh:
             with np.load(path) as stored:
-                return [stored[one.sha256] for one in documents]
-        masks = [self._mask(evaluator, one, config, short) for one in documents]
+                return [stored[document.sha256] for document in documents]
+        masks = [self._mask(evaluator, document, config, short) for document in documents]
         if not any(mask.any() for mask in masks):
             raise RopeScalingError(
                 "No token of these documents is a key token: the evaluator predicts none of them much better from the "
                 "whole text. Give longer documents, a better `evaluator`, or a smaller `gain`."
             )
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            stored = {one.sha256: mask for one, mask in zip(documents, masks, strict=True)}
-            np.savez_compressed(buffer, **stored)  # type: ignore[arg-type]
-            write_atomically(path, buffer.getvalue())
+            write_arrays(path, {item.sha256: mask for item, mask in zip(documents, masks, strict=True)})
         return masks
 
     def _name(self, evaluator: Any, documents: list[Document], config: EvaluationConfig) -> str:
@@ -120,7 +122,7 @@ class KeyTokens(CurveTask):
             with spec.patched(evaluator, config.factor):
                 method = method_sha256(evaluator, config.lengths[-1])
         settings = [self.settings(), config.trained_length, config.chunk_size, environment()]
-        return digest(weights_sha256(evaluator), method, settings, [one.sha256 for one in documents])
+        return digest(weights_sha256(evaluator), method, settings, [document.sha256 for document in documents])
 
     def _spec(self, config: EvaluationConfig) -> MethodSpec:
         """What the evaluator is patched with."""

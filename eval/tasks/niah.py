@@ -16,10 +16,11 @@ import numpy as np
 
 from rope_scaling.demo.retrieval import word
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.eval.answers import Prompt, Question, longest
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.tasks.base import Source
-from rope_scaling.eval.tasks.retrieval import Filler, RetrievalTask, Writer, make_filler
+from rope_scaling.eval.scoring.answers import Prompt, Question, longest
+from rope_scaling.eval.tasks.prompts import Filler, Writer, make_filler
+from rope_scaling.eval.tasks.retrieval_task import RetrievalTask
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rope_scaling.eval.answers import Prompt, Trial, longest
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.tasks.base import Source
+from rope_scaling.eval.scoring.answers import Prompt, Trial, longest
 from rope_scaling.eval.tasks.niah import NiahGrid, hide
-from rope_scaling.eval.tasks.retrieval import Filler, Writer
+from rope_scaling.eval.tasks.prompts import Filler, Writer
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

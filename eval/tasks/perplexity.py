@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import torch
 
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.intervals import usable_length
-from rope_scaling.eval.perplexity import cropped_nll_curve, nll_curve
-from rope_scaling.eval.rows import measure, position_buckets
-from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveTask(Task):
-    """A task whose scores are a document's curve: the loss at every position, `[T - 1]`."""
-
-    def stored_as(self, config: EvaluationConfig) -> str:
-        """All of these share their curves."""
-        return "perplexity"
-
-    def scored_with(self) -> dict[str, Any]:
-        """Nothing: settings decide what is made of the curves."""
-        return {}
-
-    def items(self, source: Source, config: EvaluationConfig, model: Any) -> tuple[Sequence[Document], int]:
-        """Documents of at least the shortest length, cut at the longest."""
-        documents = source.documents(config.lengths)
-        return documents.items, documents.skipped
-
-    def score(self, model: Any, item: Document, config: EvaluationConfig) -> np.ndarray:
-        """The curve of one chunked pass."""
-        return nll_curve(model, item.ids[None], config.chunk_size)[0].numpy()
-
-    def score_cropped(self, model: Any, item: Document, plain: np.ndarray, config: EvaluationConfig) -> np.ndarray:
-        """The curve with half to all of the trained length before each token."""
-        curve = torch.from_numpy(plain)
-        return cropped_nll_curve(model, item.ids, curve, config.trained_length, config.chunk_size).numpy()
+from rope_scaling.eval.figures import curves_figure
+from rope_scaling.eval.files import Row
+from rope_scaling.eval.formatting import Table, difference_text, length_name, to_cropping_text
+from rope_scaling.eval.methods import CROPPING, UNPATCHED
+from rope_scaling.eval.scoring.buckets import curve_slice, measure, position_buckets
+from rope_scaling.eval.stats import usable_length
+from rope_scaling.eval.tasks.base import Picture, Scores, SummaryEntry
+from rope_scaling.eval.tasks.curve_task import CurveTask, difference_lines, perplexity_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +26,8 @@ class Perplexity(CurveTask):
 
     name: ClassVar[str] = "perplexity"
     about: ClassVar[str] = "loss by position, the usable length, and the tax below 1x"
+    place: ClassVar[int] = 0
+    draws_scores: ClassVar[bool] = True
 
     tolerance: float = 0.05
     """Nats a token by which a bucket may lie above the unpatched model's just below 1x, to count as usable."""
@@ -83,9 +61,51 @@ class Perplexity(CurveTask):
             }
         ]
 
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """Perplexity by bucket, and the differences to both baselines."""
+        title = "Difference to {} on the same tokens, nats a token, 95% interval"
+        tables = [
+            Table(f"Perplexity by position, 1x = {rows[0]['trained_length']} tokens", perplexity_lines(rows)),
+            Table(title.format(UNPATCHED), difference_lines(rows)),
+        ]
+        if "to_cropping" in rows[0]:
+            tables.append(Table(title.format(CROPPING), difference_lines(rows, "to_cropping", CROPPING)))
+        return tables
+
+    @classmethod
+    def pictures(cls, rows: list[Row], scores: Mapping[str, list[np.ndarray]]) -> Iterator[Picture]:
+        """Curves of all methods."""
+        if scores:
+            title = f"Loss by position: {rows[0]['model']}"
+            figure = curves_figure(dict(scores), rows[0]["trained_length"], title)
+            yield Picture("curves", figure, "loss by position, one line a method")
+
+    @classmethod
+    def summary(cls, rows: list[Row]) -> list[SummaryEntry]:
+        """Usable length, tax below 1x, and the last bucket: its loss, and the difference to cropping."""
+        trained = rows[0]["trained_length"]
+        usable = [row for row in rows if row["measure"] == "usable_length"]
+        below = [row for row in rows if row["measure"] == "prefix" and row["to"] == trained]
+        far = [row for row in rows if row["measure"] == "bucket" and row["to"] == row["lengths"][-1]]
+        paired = [row for row in far if "to_cropping" in row]
+        return [
+            SummaryEntry.of(usable, "usable_length", "usable_length", "usable length", _usable_text),
+            SummaryEntry.of(below, "tax", "difference", "tax below 1x, nats", difference_text),
+            SummaryEntry.of(far, "nll", "nll"),
+            SummaryEntry.of(paired, "to_cropping", "to_cropping", "to cropping at {longest}, nats", to_cropping_text),
+        ]
+
+
+def _usable_text(row: Row) -> str:
+    length, low, high = (row[f"usable_length{end}"] for end in ("", "_low", "_high"))
+    trained = row["trained_length"]
+    interval = "" if low is None else f" [{length_name(low, trained)},{length_name(high, trained)}]"
+    return length_name(length, trained) + interval
+
 
 def _sums(curves: list[np.ndarray], bucket: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Nats and tokens of each document in a bucket of positions, both 0 where the document ends inside it."""
-    start, end = max(bucket[0] - 1, 0), bucket[1] - 1
-    whole = [curve[start:end] if len(curve) >= end else curve[:0] for curve in curves]
+    inside = curve_slice(*bucket)
+    whole = [curve[inside] if len(curve) >= inside.stop else curve[:0] for curve in curves]
     return np.array([part.sum(dtype=np.float64) for part in whole]), np.array([float(len(part)) for part in whole])

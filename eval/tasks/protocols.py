@@ -26,14 +26,32 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.intervals import estimate
-from rope_scaling.eval.perplexity import nll_curve
-from rope_scaling.eval.tasks.base import Row, Scores, Source, Task
-from rope_scaling.eval.tasks.perplexity import CurveTask
+from rope_scaling.eval.files import Row
+from rope_scaling.eval.formatting import Table, lines_by_length, perplexity_text
+from rope_scaling.eval.methods import UNPATCHED
+from rope_scaling.eval.scoring.nll import nll_curve
+from rope_scaling.eval.stats import paired
+from rope_scaling.eval.tasks.base import Scores, Task
+from rope_scaling.eval.tasks.curve_task import CurveTask
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class YarnTruncate(CurveTask):
+class _Protocol(Task):
+    """A task that gives one perplexity a length."""
+
+    recognised_by: ClassVar[str] = "protocol"
+
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """Perplexity by length."""
+        read = sum(row["tokens_read"] for row in rows if row["method"] == UNPATCHED)
+        title = f"Perplexity by the protocol {rows[0]['task']}, {read:,} tokens read a method"
+        return [Table(title, lines_by_length(rows, "protocol", lambda row: perplexity_text(row["nll"])))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnTruncate(_Protocol, CurveTask):
     """YaRN's evaluation with `--truncate` (https://huggingface.co/papers/2309.00071): mean over a prefix.
 
     By causality the prefixes are parts of one pass, so this costs nothing beside the perplexity task.
@@ -58,7 +76,7 @@ class YarnTruncate(CurveTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Windowed(Task):
+class _Windowed(_Protocol):
     """Windows over documents. Scores are a line a window, `[windows, 4]`: length, nats, tokens scored, tokens read."""
 
     stride: int = 256
@@ -205,6 +223,4 @@ def _row(
     length: int, own: np.ndarray, plain: np.ndarray, cropped: np.ndarray, counts: np.ndarray, read: float, seed: int
 ) -> Row:
     row: Row = {"measure": "protocol", "to": length, "documents": len(own), "tokens_read": int(read)}
-    row |= estimate(own, counts, seed).fields("nll")
-    row |= estimate(own - plain, counts, seed).fields("difference")
-    return row | estimate(own - cropped, counts, seed).fields("to_cropping")
+    return row | paired("nll", own, plain, cropped, counts, seed)

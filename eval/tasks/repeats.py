@@ -6,7 +6,7 @@ does not tell copying from anything else, and on a text that repeats nothing the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,10 +14,13 @@ import numpy as np
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.config import EvaluationConfig
-from rope_scaling.eval.rows import measure
-from rope_scaling.eval.tasks.base import Row, Scores, Source
-from rope_scaling.eval.tasks.key_tokens import MaskedDocument
-from rope_scaling.eval.tasks.perplexity import CurveTask
+from rope_scaling.eval.files import Row
+from rope_scaling.eval.formatting import Table, perplexity_text, rows_by_method, to_cropping_text
+from rope_scaling.eval.methods import CROPPING
+from rope_scaling.eval.scoring.buckets import measure
+from rope_scaling.eval.tasks.base import Scores, SummaryEntry
+from rope_scaling.eval.tasks.curve_task import CurveTask, MaskedDocument, masked
+from rope_scaling.eval.tasks.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Repeats(CurveTask):
 
     name: ClassVar[str] = "repeats"
     about: ClassVar[str] = "loss beyond 1x on what stood in the text before, more than 1x back, and on the rest"
+
+    place: ClassVar[int] = 2
 
     ngram: int = 6
     """Tokens in a row that have to be the same."""
@@ -46,8 +51,8 @@ class Repeats(CurveTask):
                 "`--lengths`."
             )
         documents, skipped = super().items(source, config, model)
-        masks = [far_repeats(one.ids.tolist(), self.ngram, trained) for one in documents]
-        return [MaskedDocument(one.name, one.ids, mask) for one, mask in zip(documents, masks, strict=True)], skipped
+        masks = [far_repeats(document.ids.tolist(), self.ngram, trained) for document in documents]
+        return masked(documents, masks), skipped
 
     def rows(self, items: Sequence[MaskedDocument], scores: Scores, config: EvaluationConfig) -> list[Row]:  # type: ignore[override]
         """A row for each of the two, over documents of the longest length; none for repeats if there are none."""
@@ -56,11 +61,50 @@ class Repeats(CurveTask):
         rows = []
         for kind, wanted in (("repeats", True), ("others", False)):
             masks = [(item.mask == wanted) & far for item, far in zip(items, beyond, strict=True)]
-            found = measure(
+            measured = measure(
                 scores.own, scores.unpatched, [longest], trained, config.seed, cropping=scores.cropping, masks=masks
             )
-            rows += [row | {"measure": kind, "from": trained} for row in found if row["measure"] == "prefix"]
+            rows += [row | {"measure": kind, "from": trained} for row in measured if row["measure"] == "prefix"]
         return rows
+
+    @classmethod
+    def tables(cls, rows: list[Row]) -> list[Table]:
+        """Perplexity of both kinds of tokens, and the difference to cropping."""
+        counts = {row["measure"]: row["tokens"] for row in rows}
+        title = (
+            f"Perplexity beyond 1x of the {counts.get('repeats', 0):,} tokens that repeat what stood more than 1x "
+            f"back, and of the {counts.get('others', 0):,} others"
+        )
+        difference = f"Repeats and others: difference to {CROPPING}, nats a token, 95% interval"
+        return [
+            Table(title, _lines(rows, lambda row: perplexity_text(row["nll"]))),
+            Table(difference, _lines(rows, to_cropping_text, omit=CROPPING)),
+        ]
+
+    @classmethod
+    def summary(cls, rows: list[Row]) -> list[SummaryEntry]:
+        """What far repeats gain on cropping."""
+        far = [row for row in rows if row["measure"] == "repeats"]
+        heading = "far repeats to cropping, nats"
+        entry = SummaryEntry.of(far, "repeats", "to_cropping", heading, to_cropping_text, _NOTE)
+        return [entry] if far else []
+
+
+_NOTE = (
+    "Far repeats are tokens that stood in the text before, more than 1x back, out of cropping's sight: what copying "
+    "gains."
+)
+
+
+def _lines(rows: list[Row], text: Callable[[Row], str], omit: str = "") -> list[list[str]]:
+    """Header and one line per method: a text made of the row of tokens that repeat, and of the row of the others."""
+    kinds = ("repeats", "others")
+    columns = [(kind, rows[0]["trained_length"], rows[0]["lengths"][-1]) for kind in kinds]
+    return [["method", *kinds]] + [
+        [method, *("" if row is None else text(row) for row in pair)]
+        for method, pair in rows_by_method(rows, columns)
+        if method != omit
+    ]
 
 
 def far_repeats(ids: Sequence[int], ngram: int, distance: int) -> np.ndarray:

@@ -2,143 +2,198 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rope_scaling.errors import RopeScalingError, check_number
 
 
-def run(
-    *,
-    model: str,
-    suite: str | None,
-    tasks: list[str] | None,
-    methods: list[str] | None,
-    data: str,
-    column: str,
-    split: str,
-    subset: str | None,
-    pieces: bool,
-    max_documents: int | None,
-    dtype: str,
-    device: str,
-    output: Path | None,
-    original_length: int | None = None,
-    made: list[Any] | None = None,
-    fresh: bool = False,
-    **settings: Any,
-) -> None:
-    """Evaluates and shows; see the command's help for the arguments. `made` are task objects in the place of names.
+if TYPE_CHECKING:
+    from rope_scaling.eval.config import EvaluationConfig
+    from rope_scaling.eval.methods import MethodSpec
+    from rope_scaling.eval.run import Measured
+    from rope_scaling.eval.tasks import Task, Work
+
+
+_PREPARED = Path("runs") / "prepared"
+"""Where tasks keep what they prepare if no output folder is given: a run's own is named by what was prepared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options that `evaluate` and `harness` share; see the help of the commands."""
+
+    model: str
+    methods: list[str]
+    lengths: str
+    factor: float | None
+    target_length: int | None
+    original_length: int | None
+    dtype: str
+    device: str
+    chunk_size: int = 2048
+    model_name: str | None
+    seed: int
+    output: Path | None
+    fresh: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Which texts are read, and how they are cut; see the help of `evaluate`."""
+
+    data: str
+    column: str = "text"
+    split: str = "test"
+    subset: str | None = None
+    pieces: bool = False
+    max_documents: int | None = None
+
+
+def run(options: RunOptions, texts: TextOptions, suite: str | None, tasks: list[str]) -> None:
+    """Evaluates the tasks of a suite and those named beside it, and shows what came out.
 
     Raises:
-        RopeScalingError: anything that the user can mend.
+        RopeScalingError: anything that the user can fix.
     """
     need_extra()
-    runner = importlib.import_module("rope_scaling.eval.run")
-    named = importlib.import_module("rope_scaling.eval.methods")
-    kinds = importlib.import_module("rope_scaling.eval.tasks")
+    from rope_scaling.eval.methods import parse_method
+
+    methods = [parse_method(text) for text in options.methods]
+    evaluate_tasks(options, texts, methods, _named_tasks(suite, tasks))
+
+
+def need_extra() -> None:
+    """Raises `RopeScalingError` if what evaluation needs is not installed."""
+    from rope_scaling.eval.extras import need
+
+    need("Evaluation", "eval", "matplotlib", "datasets", "pydantic", "scipy")
+
+
+def _named_tasks(suite: str | None, tasks: list[str]) -> list[Task]:
+    """The tasks of a suite and those named beside it; perplexity if there are none."""
+    from rope_scaling.eval.suites import check_tasks, make_task, parse_task, read_suite
+
+    named = [*(read_suite(suite) if suite else []), *map(parse_task, tasks)] or [make_task("perplexity", {})]
+    check_tasks(named)
+    return named
+
+
+def evaluate_tasks(options: RunOptions, texts: TextOptions, methods: list[MethodSpec], tasks: list[Task]) -> None:
+    """Loads the model, evaluates the methods by the tasks, and shows what came out.
+
+    Raises:
+        RopeScalingError: anything that the user can fix.
+    """
     from transformers.utils import logging
 
-    from rope_scaling.hf.loading import check_language_model, load_model, load_tokenizer
-    from rope_scaling.hf.patch import unpatch
+    from rope_scaling.eval.methods import check_extent
+    from rope_scaling.eval.run import process_state, settings_sha256
+    from rope_scaling.hf.loading import check_language_model, load_tokenizer
     from rope_scaling.hf.tables import lengthen_tables
-    from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
-    specs = asked = [named.parse_method(text) for text in methods or ()]
-    chosen = made or _tasks(suite, tasks)
-    state = runner.process_state()
-    if device == "auto" and state.num_processes > 1:
-        device = str(state.device)
-    check_language_model(model)
-    loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
-    if saved := named.saved_method(loaded):
-        # The baselines are the model without the patch, with the weights it has now.
-        unpatch(loaded)
+    main_process = process_state().is_main_process
+    check_language_model(options.model)
+    model, saved = _load(options)
+    tokenizer = load_tokenizer(options.model)
+    original_length = options.original_length
+    if saved is not None:
         original_length = original_length or saved.arguments["original_max_position_embeddings"]
-        specs = [saved, *specs]
-    config = _config(loaded, model=model, data=data, original_length=original_length, **settings)
-    if settings["factor"] is not None or settings["target_length"] is not None:
-        named.check_extent(loaded, [spec.trained_at(original_length) for spec in asked], config.factor)
-    lengthen_tables(loaded, config.lengths[-1])
-    swept = not specs
-    specs = named.with_yarn(specs or named.default_methods(model, config.factor), config.factor)
-    specs = [spec.trained_at(original_length) for spec in specs]
-    if swept:
-        specs = _applicable(named, loaded, specs, config.factor, state.is_main_process)
-    source = kinds.Source(
-        lambda: read_texts(data, column=column, split=split, subset=subset),
-        tokenizer,
-        pieces=pieces,
-        max_documents=max_documents,
-        folder=output if state.is_main_process else None,
-        fresh=fresh,
-    )
-    work = kinds.prepare(chosen, source, config, loaded)
+    config = _config(model, options, texts.data, original_length)
+    if options.factor is not None or options.target_length is not None:
+        check_extent(model, [spec.trained_at(original_length) for spec in methods], config.factor)
+    lengthen_tables(model, config.lengths[-1])
+    specs = _methods(model, options.model, [saved, *methods] if saved else methods, config.factor, original_length)
+    work = _prepare(options, texts, tasks, tokenizer, config, model)
     # Runs of other settings go to other folders, so that only a given folder can hold another run's rows.
-    folder = output or Path("runs") / f"evaluate-{Path(config.model).name}-{runner.settings_sha256(config, work)}"
-    measured = _with_progress(runner, loaded, work, specs, config, folder, fresh)
-    if state.is_main_process:
-        _show(folder, max(work, key=lambda one: one.skipped))
+    name = f"evaluate-{Path(config.model).name}-{settings_sha256(config, work)}"
+    folder = options.output or Path("runs") / name
+    measured = _with_progress(model, work, specs, config, folder, options.fresh)
+    if main_process:
+        _show(folder, max(work, key=lambda part: part.skipped))
         _say_what_was_found(measured, folder)
 
 
-def _applicable(named: Any, loaded: Any, specs: list[Any], factor: float, shown: bool) -> list[Any]:
-    """The methods of a sweep that the model takes; which it does not, and why, is said."""
-    specs, refused = named.applicable(loaded, specs, factor)
-    if refused and shown:
+def _load(options: RunOptions) -> tuple[Any, MethodSpec | None]:
+    """The model without the patch that it was saved with, and that patch; the baselines have the same weights."""
+    from rope_scaling.eval.methods import saved_method
+    from rope_scaling.eval.run import process_state
+    from rope_scaling.hf.loading import load_model
+    from rope_scaling.hf.patch import unpatch
+
+    state = process_state()
+    several = options.device == "auto" and state.num_processes > 1
+    model = load_model(options.model, options.dtype, str(state.device) if several else options.device)
+    if saved := saved_method(model):
+        unpatch(model)
+    return model, saved
+
+
+def _methods(
+    model: Any, name: str, specs: list[MethodSpec], factor: float, original_length: int | None
+) -> list[MethodSpec]:
+    """The methods to measure, YaRN among them; without any, those of a sweep that the model takes."""
+    from rope_scaling.eval.methods import applicable, default_methods, with_yarn
+    from rope_scaling.eval.run import process_state
+
+    swept = not specs
+    specs = with_yarn(specs or default_methods(name, factor), factor)
+    specs = [spec.trained_at(original_length) for spec in specs]
+    if not swept:
+        return specs
+    specs, refused = applicable(model, specs, factor)
+    if refused and process_state().is_main_process:
         reason = next(iter(refused.values()))
         print(f"rope-scaling: {len(refused)} methods left out ({', '.join(refused)}): {reason}", file=sys.stderr)
     return specs
 
 
-def _tasks(suite: str | None, tasks: list[str] | None) -> list[Any]:
-    """The tasks of a suite and those named beside it; perplexity if there are none."""
-    suites = importlib.import_module("rope_scaling.eval.suites")
-    chosen = [*(suites.read_suite(suite) if suite else []), *map(suites.parse_task, tasks or ())]
-    chosen = chosen or [suites.make_task("perplexity", {})]
-    suites.check_tasks(chosen)
-    return chosen
+def _prepare(
+    options: RunOptions, texts: TextOptions, tasks: list[Task], tokenizer: Any, config: EvaluationConfig, model: Any
+) -> list[Work]:
+    """The tasks with their items."""
+    from rope_scaling.eval.run import process_state
+    from rope_scaling.eval.tasks import Source, prepare
+    from rope_scaling.texts import read_texts
+
+    source = Source(
+        lambda: read_texts(texts.data, column=texts.column, split=texts.split, subset=texts.subset),
+        tokenizer,
+        pieces=texts.pieces,
+        max_documents=texts.max_documents,
+        folder=options.output or _PREPARED if process_state().is_main_process else None,
+        fresh=options.fresh,
+    )
+    return prepare(tasks, source, config, model)
 
 
-def _config(
-    loaded: Any,
-    *,
-    model: str,
-    data: str,
-    lengths: str,
-    factor: float | None,
-    target_length: int | None,
-    original_length: int | None,
-    chunk_size: int,
-    model_name: str | None,
-    seed: int,
-    **_: Any,
-) -> Any:
+def _config(model: Any, options: RunOptions, data: str, original_length: int | None) -> EvaluationConfig:
+    from rope_scaling.eval.config import EvaluationConfig, check_lengths
+    from rope_scaling.eval.documents import parse_lengths
+    from rope_scaling.eval.scoring.identity import weights_sha256
     from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
     from rope_scaling.hf.rotary import rotary_slots
 
-    settings = importlib.import_module("rope_scaling.eval.config")
     trained = max(
-        read_pretrained(slot, pretrained_settings(slot.config), original_length).reach for slot in rotary_slots(loaded)
+        read_pretrained(slot, pretrained_settings(slot.config), original_length).reach for slot in rotary_slots(model)
     )
-    tokens = importlib.import_module("rope_scaling.eval.documents").parse_lengths(lengths.split(","), trained)
-    settings.check_lengths(tokens)
-    return settings.EvaluationConfig(
-        model=model_name or model,
+    lengths = parse_lengths(options.lengths.split(","), trained)
+    check_lengths(lengths)
+    return EvaluationConfig(
+        model=options.model_name or options.model,
         data=data,
-        lengths=tokens,
+        lengths=lengths,
         trained_length=trained,
-        factor=_factor(factor, target_length, tokens[-1], trained),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        device=loaded.device.type,
-        chunk_size=chunk_size,
-        seed=seed,
-        weights_sha256=importlib.import_module("rope_scaling.eval.identity").weights_sha256(loaded),
+        factor=_factor(options.factor, options.target_length, lengths[-1], trained),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        chunk_size=options.chunk_size,
+        seed=options.seed,
+        weights_sha256=weights_sha256(model),
     )
 
 
@@ -152,23 +207,16 @@ def _factor(factor: float | None, target_length: int | None, longest: int, train
     return check_number("factor", factor, at_least=1.0) if factor is not None else max(longest / trained, 1.0)
 
 
-def need_extra() -> None:
-    """Raises `RopeScalingError` if what evaluation needs is not installed."""
-    missing = [
-        name for name in ("matplotlib", "datasets", "pydantic", "scipy") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise RopeScalingError(f"Evaluation needs {' and '.join(missing)}: pip install 'rope-scaling[eval]'.")
-
-
 def _with_progress(
-    runner: Any, model: Any, work: list, specs: list, config: Any, folder: Path, fresh: bool
-) -> list[Any]:
+    model: Any, work: list[Work], specs: list[MethodSpec], config: EvaluationConfig, folder: Path, fresh: bool
+) -> list[Measured]:
     """What was measured of each method."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    total = sum(item.cost for one in work for item in one.items) * (len(specs) + 2)
+    from rope_scaling.eval.run import evaluate, process_state
+
+    total = sum(item.cost for part in work for item in part.items) * (len(specs) + 2)
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),
@@ -176,7 +224,7 @@ def _with_progress(
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    shown = runner.process_state().is_main_process
+    shown = process_state().is_main_process
     console = Console(stderr=True)
     lines = _Lines(total) if shown and not console.is_terminal else None
     with Progress(*columns, console=console, transient=True, disable=not shown or lines is not None) as bars:
@@ -189,7 +237,7 @@ def _with_progress(
                 lines.advance(label, tokens)
 
         try:
-            _, measured = runner.evaluate(model, work, specs, config, folder, advance, fresh)
+            _, measured = evaluate(model, work, specs, config, folder, advance, fresh)
         except KeyboardInterrupt:
             bars.stop()
             again = " without `--fresh`" if fresh else ""
@@ -219,26 +267,28 @@ class _Lines:
             )
 
 
-def _say_what_was_found(measured: list[Any], folder: Path) -> None:
-    found = sum(method.found for method in measured)
-    if found:
+def _say_what_was_found(measured: list[Measured], folder: Path) -> None:
+    reused = sum(method.found for method in measured)
+    if reused:
         total = sum(len(scores) for method in measured for scores in method.scores.values())
         print(
-            f"{found} of {total} scores were found in {folder}, measured before with the same weights, settings and "
+            f"{reused} of {total} scores were found in {folder}, measured before with the same weights, settings and "
             "versions. `--fresh` measures them anew."
         )
 
 
-def _show(folder: Path, most: Any) -> None:
+def _show(folder: Path, most: Work) -> None:
     from rich.console import Console
 
-    tables = importlib.import_module("rope_scaling.eval.report")
-    run = importlib.import_module("rope_scaling.eval.page").read_run(folder)
-    (folder / "table.md").write_text(tables.markdown_tables(run.rows), encoding="utf-8")
-    for name, image in run.plots():
-        (folder / f"{name}.png").write_bytes(image)
+    from rope_scaling.eval.report.reading import read_run
+    from rope_scaling.eval.report.tables import markdown_tables, print_tables
+
+    finished = read_run(folder)
+    (folder / "table.md").write_text(markdown_tables(finished.rows), encoding="utf-8")
+    for plot in finished.plots():
+        (folder / f"{plot.name}.png").write_bytes(plot.data)
     console = Console()
-    tables.print_tables(run.rows, console)
+    print_tables(finished.rows, console)
     if most.skipped:
         console.print(f"Documents skipped because they {most.task.skipped_because}: {most.skipped}.")
     console.print(f"Rows, scores, tables and plots: {folder}. One page: rope-scaling report {folder}", soft_wrap=True)

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-from typing import Any
 
-from rope_scaling.cli import evaluate
+from rope_scaling.cli.evaluate import RunOptions, TextOptions, evaluate_tasks, need_extra
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.loading import tokenizer_source
 
 
-def run(*, names: str, samples: int, timeout: int, model: str, methods: list[str], **options: Any) -> None:
-    """Evaluates and shows; see the command's help for the arguments.
+def run(options: RunOptions, names: str, samples: int, timeout: int) -> None:
+    """Evaluates lm-eval's tasks, whose names are separated by commas, and shows what came out.
 
     Raises:
-        RopeScalingError: anything that the user can mend.
+        RopeScalingError: anything that the user can fix.
     """
-    evaluate.need_extra()
-    if not methods:
+    need_extra()
+    if not options.methods:
         raise RopeScalingError("The harness takes its time for each method. Name them, as in `--method self_extend`.")
+    from rope_scaling.eval.lm_eval.task import harness_tasks
+    from rope_scaling.eval.methods import parse_method
+    from rope_scaling.hf.loading import tokenizer_source
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # lm-eval says the same of the model with every document.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness = importlib.import_module("rope_scaling.eval.tasks.harness")
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    made = harness.harness_tasks(chosen, tokenizer=tokenizer_source(model), samples=samples, timeout=timeout)
-    texts: dict[str, Any] = {"data": "lm-eval", "column": "text", "split": "test", "subset": None, "pieces": False}
-    evaluate.run(
-        **texts, **options, model=model, methods=methods, made=made, suite=None, tasks=None, max_documents=None
-    )
+    tokenizer = tokenizer_source(options.model)
+    tasks = harness_tasks(chosen, tokenizer=tokenizer, samples=samples, timeout=timeout)
+    methods = [parse_method(text) for text in options.methods]
+    evaluate_tasks(options, TextOptions(data="lm-eval"), methods, tasks)

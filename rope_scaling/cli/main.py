@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -104,8 +103,27 @@ def evaluate(
     A model that was saved patched is measured under its patch, against the same weights without it; an adapter is
     merged into its base model first.
     """
-    command = importlib.import_module("rope_scaling.cli.evaluate")
-    command.run(**{**locals(), "methods": method, "tasks": task})
+    from rope_scaling.cli.evaluate import RunOptions, TextOptions, run
+
+    options = RunOptions(
+        model=model,
+        methods=method or [],
+        lengths=lengths,
+        factor=factor,
+        target_length=target_length,
+        original_length=original_length,
+        dtype=dtype,
+        device=device,
+        chunk_size=chunk_size,
+        model_name=model_name,
+        seed=seed,
+        output=output,
+        fresh=fresh,
+    )
+    texts = TextOptions(
+        data=data, column=column, split=split, subset=subset, pieces=pieces, max_documents=max_documents
+    )
+    run(options, texts, suite, task or [])
 
 
 @app.command()
@@ -131,9 +149,24 @@ def harness(
     fresh: Annotated[bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure anew.")] = False,
 ) -> None:
     """Run RULER, LongBench, BABILong or any other task of lm-eval under each method."""
-    command = importlib.import_module("rope_scaling.cli.harness")
-    options = {**locals(), "names": tasks, "methods": method or [], "chunk_size": 2048}
-    command.run(**{key: value for key, value in options.items() if key not in ("tasks", "method", "command")})
+    from rope_scaling.cli.evaluate import RunOptions
+    from rope_scaling.cli.harness import run
+
+    options = RunOptions(
+        model=model,
+        methods=method or [],
+        lengths=lengths,
+        factor=factor,
+        target_length=target_length,
+        original_length=original_length,
+        dtype=dtype,
+        device=device,
+        model_name=model_name,
+        seed=seed,
+        output=output,
+        fresh=fresh,
+    )
+    run(options, tasks, samples, timeout)
 
 
 @app.command()
@@ -151,7 +184,8 @@ def report(
     ] = None,
 ) -> None:
     """Turn the rows of runs into one page, Markdown, CSV and pictures."""
-    command = importlib.import_module("rope_scaling.cli.report")
+    from rope_scaling.cli import report as command
+
     raise typer.Exit(command.run(run, output, mixed, fail_if or []))
 
 

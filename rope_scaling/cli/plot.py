@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -41,18 +40,21 @@ def plot_map(
     """Draw the distance at which every query sees every key, for the fastest and the slowest pair."""
     if (method is None) == (model is None):
         raise RopeScalingError("Give `--method` or `--model`, one of the two.")
-    maps = importlib.import_module("rope_scaling.eval.maps")
+    from rope_scaling.eval.report.distance_maps import draw_map, saved_map
+
     if model is not None:
         from rope_scaling.hf.loading import load_skeleton
 
-        name, figure = maps.saved_map(load_skeleton(model))
+        name, figure = saved_map(load_skeleton(model))
         path = _path(output, name)
     else:
-        spec = importlib.import_module("rope_scaling.eval.methods").parse_method(method)
+        from rope_scaling.eval.methods import parse_method
+
+        spec = parse_method(method)
         if not isinstance(spec.method, str):
             raise RopeScalingError(f"{method!r} names several methods; a map is of one. Give one.")
         path = _path(output, spec.method)
-        figure = maps.draw_map(spec.method, spec.arguments, length, trained_length, layer)
+        figure = draw_map(spec.method, spec.arguments, length, trained_length, layer)
     figure.savefig(path, dpi=120)
     print(path)
 

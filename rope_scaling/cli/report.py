@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from rope_scaling.cli.evaluate import need_extra
@@ -16,16 +15,18 @@ def run(folders: list[Path], output: Path | None, mixed: bool, fail_if: list[str
         1 if a condition of `fail_if` is met, otherwise 0.
 
     Raises:
-        RopeScalingError: anything that the user can mend.
+        RopeScalingError: anything that the user can fix.
     """
     need_extra()
-    page = importlib.import_module("rope_scaling.eval.page")
-    summary = importlib.import_module("rope_scaling.eval.summary")
-    runs = page.read_runs(folders, mixed=mixed)
-    failed = [line for one in runs for condition in fail_if for line in summary.failures(one.rows, condition)]
+    from rope_scaling.eval.report.html_page import write_report
+    from rope_scaling.eval.report.joining import read_runs
+    from rope_scaling.eval.report.summary import failures
+
+    runs = read_runs(folders, mixed=mixed)
+    failed = [line for finished in runs for condition in fail_if for line in failures(finished.rows, condition)]
     target = output or (folders[0] if len(folders) == 1 else Path("runs") / "report")
     try:
-        page.write_report(runs, target)
+        write_report(runs, target)
     except OSError as error:
         raise RopeScalingError(f"Cannot write the report to {str(target)!r}: {error.strerror}.") from None
     print(target / "report.html")

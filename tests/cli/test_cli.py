@@ -76,6 +76,21 @@ def test_evaluate_writes_everything_and_shows_a_table(folder, text, tmp_path, co
         assert word in done.stdout
 
 
+def test_what_a_task_prepares_is_found_again_without_an_output_folder(folder, text, tmp_path, command, monkeypatch):
+    from rope_scaling.eval.tasks.key_tokens import KeyTokens
+
+    settings = '{"gain": -100.0, "loss": 100.0, "short_context": 16, "evaluator_method": "unpatched"}'
+    arguments = ["--model", folder, "--data", text, "--lengths", "2x", "--task", f"key_tokens:{settings}"]
+    first = command("evaluate", *arguments, "--method", "yarn", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (masks,) = (tmp_path / "runs" / "prepared").glob("key_tokens/masks-*.npz")
+    monkeypatch.setattr(KeyTokens, "_mask", None)
+    again = command("evaluate", *arguments, "--method", "linear", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "prepared")
+    assert run.name.startswith("evaluate-") and masks.exists()
+
+
 def test_a_model_that_was_saved_patched_is_measured_against_the_one_it_was_made_from(folder, text, tmp_path, command):
     model = rope_scaling.patch(make_model("llama", vocab_size=4096), "resonance", wrapped="yarn", factor=2)
     model.save_pretrained(tmp_path / "saved")

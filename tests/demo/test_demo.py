@@ -11,7 +11,7 @@ import torch
 import rope_scaling
 from rope_scaling.demo import corpus, retrieval
 from rope_scaling.eval.documents import make_documents
-from rope_scaling.eval.perplexity import nll_curve
+from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.hf.loading import load_model, load_tokenizer
 
 

@@ -10,8 +10,8 @@ from planted import Finder
 from torch.nn.functional import cross_entropy
 
 import rope_scaling
-from rope_scaling.eval import answers
-from rope_scaling.eval.answers import Prompt, Question, Trial, answer_scores
+from rope_scaling.eval.scoring import answers
+from rope_scaling.eval.scoring.answers import Prompt, Question, Trial, answer_scores
 
 
 def tokens(length, seed):

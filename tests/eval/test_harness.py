@@ -13,9 +13,11 @@ from conftest import make_model
 from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
 from rope_scaling.eval.config import EvaluationConfig
+from rope_scaling.eval.lm_eval import definitions
+from rope_scaling.eval.lm_eval import ruler as generator
+from rope_scaling.eval.lm_eval.task import HarnessTask, harness_tasks
 from rope_scaling.eval.run import evaluate
-from rope_scaling.eval.tasks import Scores, Source, lm_eval_tasks, prepare
-from rope_scaling.eval.tasks.harness import HarnessTask, harness_tasks
+from rope_scaling.eval.tasks import Scores, Source, prepare
 from rope_scaling.hf.loading import load_tokenizer, model_source
 
 
@@ -141,13 +143,13 @@ def test_a_generator_that_takes_too_long_is_stopped():
 
 def test_documents_are_kept(ruler, source, monkeypatch):
     assert len(list((source.folder / "ruler").glob("*.json"))) == 2
-    monkeypatch.setattr(lm_eval_tasks.subprocess, "Popen", None)
+    monkeypatch.setattr(generator.subprocess, "Popen", None)
     assert [item.sha256 for item in task().items(source, CONFIG, None)[0]] == [item.sha256 for item in ruler]
 
 
 def test_one_process_makes_all_lengths_and_none_depends_on_another(ruler, source, monkeypatch):
     again = dataclasses.replace(source, folder=None)
-    monkeypatch.setattr(lm_eval_tasks.subprocess, "Popen", None)
+    monkeypatch.setattr(generator.subprocess, "Popen", None)
     items, _ = task().items(again, dataclasses.replace(CONFIG, lengths=[512]), None)
     assert [item.sha256 for item in items] == [item.sha256 for item in ruler[:2]]
     with pytest.raises(
@@ -161,13 +163,13 @@ DOCUMENT |= {"length": 1, "gen_prefix": "Answer:"}
 
 
 def test_common_words_get_the_example_of_the_original():
-    made = lm_eval_tasks.ruler_task("ruler_cwe", [DOCUMENT])
+    made = definitions.ruler_task("ruler_cwe", [DOCUMENT])
     text = made.doc_to_text(next(iter(made.eval_docs)))
     assert text.index("EXAMPLE") < text.index("INPUT")
 
 
 def test_questions_with_several_answers_count_any_of_them():
-    made = lm_eval_tasks.ruler_task("ruler_qa_squad", [DOCUMENT])
+    made = definitions.ruler_task("ruler_qa_squad", [DOCUMENT])
     document = next(iter(made.eval_docs))
     assert made.process_results(document, ["It is BLUE."]) == {"2048": 1.0}
     assert made.process_results(document, ["It is green."]) == {"2048": 0.0}
@@ -175,9 +177,9 @@ def test_questions_with_several_answers_count_any_of_them():
 
 def test_groups_stand_for_their_members_and_unknown_names_are_told():
     names = [one.name for one in harness_tasks(["ruler", "niah_single_1"], tokenizer=TOKENIZER)]
-    assert names == list(lm_eval_tasks.RULER)
+    assert names == list(definitions.RULER)
     long = [one.name for one in harness_tasks(["babilong_longctx"], tokenizer=TOKENIZER)]
-    assert long == list(lm_eval_tasks.BABILONG)
+    assert long == list(definitions.BABILONG)
     with pytest.raises(
         RopeScalingError, match=r"Unknown lm-eval task 'niah_singel_1'. Did you mean 'niah_single_"
     ) as told:
@@ -200,7 +202,7 @@ def serve(monkeypatch, rows, family):
         return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), made)) if split is None else made
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(lm_eval_tasks, "manager", lambda: lm_eval_tasks._family_manager(family))
+    monkeypatch.setattr(definitions, "manager", lambda: definitions.family_manager(family))
     return asked
 
 
@@ -284,7 +286,7 @@ def test_scores_are_those_of_one_version_of_lm_eval(monkeypatch, tmp_path):
     )
 
     def found(version, **settings):
-        monkeypatch.setattr("rope_scaling.eval.tasks.harness.version", lambda name: version)
+        monkeypatch.setattr("rope_scaling.eval.lm_eval.task.version", lambda name: version)
         work = prepare([task("longbench_hotpotqa", **settings)], dataclasses.replace(SOURCE, shared={}), CONFIG, None)
         rows, measured = evaluate(tiny(), work, [], CONFIG, tmp_path / "run")
         return {row["harness"] for row in rows}, sum(one.found for one in measured)

@@ -8,7 +8,7 @@ import torch
 from conftest import make_model
 
 from rope_scaling.cli.main import main
-from rope_scaling.eval.rows import read_rows
+from rope_scaling.eval.files import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 
 

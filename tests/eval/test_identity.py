@@ -14,13 +14,12 @@ from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.identity import tokenizer_sha256, weights_sha256
+from rope_scaling.eval.files import read_rows
 from rope_scaling.eval.methods import MethodSpec, parse_method
-from rope_scaling.eval.rows import read_rows
 from rope_scaling.eval.run import evaluate
+from rope_scaling.eval.scoring.identity import tokenizer_sha256, weights_sha256
 from rope_scaling.eval.suites import make_task
-from rope_scaling.eval.tasks import Work
-from rope_scaling.eval.tasks import perplexity as perplexity_module
+from rope_scaling.eval.tasks import Work, curve_task
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import default_inv_freq
 from rope_scaling.hf.loading import load_tokenizer
@@ -38,11 +37,11 @@ def scored(monkeypatch):
     """The number of tokens of every forward pass over a document."""
     passes = []
 
-    def nll_curve(model, ids, chunk_size, original=perplexity_module.nll_curve):
+    def nll_curve(model, ids, chunk_size, original=curve_task.nll_curve):
         passes.append(ids.shape[1])
         return original(model, ids, chunk_size)
 
-    monkeypatch.setattr(perplexity_module, "nll_curve", nll_curve)
+    monkeypatch.setattr(curve_task, "nll_curve", nll_curve)
     return passes
 
 
@@ -286,13 +285,13 @@ def test_a_folder_of_the_earlier_format_is_refused(tmp_path):
 
 
 def test_costs_are_written_as_they_come(tmp_path, monkeypatch):
-    def stop(model, ids, chunk_size, original=perplexity_module.nll_curve, done=[]):  # noqa: B006
+    def stop(model, ids, chunk_size, original=curve_task.nll_curve, done=[]):  # noqa: B006
         done.append(ids)
         if len(done) > 3:
             raise KeyboardInterrupt
         return original(model, ids, chunk_size)
 
-    monkeypatch.setattr(perplexity_module, "nll_curve", stop)
+    monkeypatch.setattr(curve_task, "nll_curve", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path / "run")
     costs = read_rows(tmp_path / "run" / "costs.jsonl")

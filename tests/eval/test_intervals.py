@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import comb
 
-from rope_scaling.eval.intervals import mcnemar, usable_length, wilson
+from rope_scaling.eval.stats import mcnemar, usable_length, wilson
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import rope_scaling.eval
-from rope_scaling.eval.intervals import wilson
-from rope_scaling.eval.rows import measure
+from rope_scaling.eval.scoring.buckets import measure
+from rope_scaling.eval.stats import wilson
 
 
 evaluate = pytest.importorskip("evaluate")

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.eval.perplexity import check_static, cropped_nll_curve, nll_curve
+from rope_scaling.eval.scoring.nll import check_static, cropped_nll_curve, nll_curve
 
 
 @torch.no_grad()

@@ -16,14 +16,17 @@ from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
 from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.maps import map_figure
+from rope_scaling.eval.files import read_rows
 from rope_scaling.eval.methods import default_methods, parse_method
-from rope_scaling.eval.page import published_rows, read_run, read_runs, write_report
-from rope_scaling.eval.report import conditions, print_tables, tables
-from rope_scaling.eval.rows import read_rows
+from rope_scaling.eval.report.distance_maps import map_figure
+from rope_scaling.eval.report.html_page import write_report
+from rope_scaling.eval.report.joining import read_runs
+from rope_scaling.eval.report.published import published_rows, published_tables
+from rope_scaling.eval.report.reading import read_run
+from rope_scaling.eval.report.summary import failures
+from rope_scaling.eval.report.tables import conditions, print_tables, tables
 from rope_scaling.eval.run import evaluate
 from rope_scaling.eval.suites import make_task
-from rope_scaling.eval.summary import failures
 from rope_scaling.eval.tasks import Source, Work, prepare
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.texts import read_texts
@@ -284,7 +287,13 @@ def test_rows_of_an_earlier_format_are_read(folder, tmp_path):
         for row in read_rows(folder / "rows.jsonl")
     ]
     (run,) = read_runs([written(tmp_path / "old", rows), folder])
-    assert run.rows == rows and set(run.curves) == {"unpatched", "cropping", "yarn", "angle_clip", "self_extend"}
+    assert run.rows == rows and set(run.scores["perplexity"]) == {
+        "unpatched",
+        "cropping",
+        "yarn",
+        "angle_clip",
+        "self_extend",
+    }
 
 
 def test_two_models_make_two_sections(folder, tmp_path):
@@ -308,13 +317,13 @@ def test_folders_that_hold_no_run(folder, tmp_path):
 def test_published_numbers_stand_beside_ours_where_model_and_protocol_match(folder, tmp_path):
     rows = published_rows()
     assert len(rows) > 30 and all(", https://huggingface.co/papers/" in row["source"] for row in rows)
-    assert not read_run(folder).published()
+    assert not published_tables(read_run(folder).rows)
     one = next(row for row in rows if row["protocol"] == "yarn_stride")
     matching = read_run(edited(folder, tmp_path / "same", model=f"org/{one['models'][0]}"))
-    shown = matching.published()
+    shown = published_tables(matching.rows)
     assert shown and all("Published, not measured here: yarn_stride" in table.title for table in shown)
     assert any(one["method"] == line[0] for table in shown for line in table.lines)
-    assert not read_run(edited(folder, tmp_path / "other", model="org/none")).published()
+    assert not published_tables(read_run(edited(folder, tmp_path / "other", model="org/none")).rows)
 
 
 # Rows ---------------------------------------------------------------------------------------------------------------

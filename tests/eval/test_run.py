@@ -11,14 +11,16 @@ from conftest import TRAINED_LENGTH, make_model, token_ids
 import rope_scaling
 from rope_scaling import RopeScalingError
 from rope_scaling.eval.documents import Document
-from rope_scaling.eval.intervals import estimate
+from rope_scaling.eval.figures import curves_figure, png
+from rope_scaling.eval.files import read_rows
 from rope_scaling.eval.methods import default_methods, parse_method
-from rope_scaling.eval.plots import curves_figure, png
-from rope_scaling.eval.report import markdown_tables
-from rope_scaling.eval.rows import frequencies_sha256, measure, position_buckets, read_rows
+from rope_scaling.eval.report.tables import markdown_tables
 from rope_scaling.eval.run import EvaluationConfig, evaluate
+from rope_scaling.eval.scoring.buckets import measure, position_buckets
+from rope_scaling.eval.scoring.identity import frequencies_sha256
+from rope_scaling.eval.stats import estimate
 from rope_scaling.eval.tasks import Work
-from rope_scaling.eval.tasks import perplexity as task_module
+from rope_scaling.eval.tasks import curve_task as task_module
 from rope_scaling.eval.tasks.perplexity import Perplexity
 from rope_scaling.hf.describe import read_description
 from rope_scaling.methods import parse, patch_arguments

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -18,12 +17,12 @@ from rope_scaling.eval.tasks import TASKS, RetrievalTask, Scores, Source
 from rope_scaling.eval.tasks.repeats import far_repeats
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.texts import read_texts
+from task_cases import CASES
 
 
 TOKENIZER = load_tokenizer("demo")
 VOCAB = len(TOKENIZER)
 RETRIEVAL = [name for name, cls in TASKS.items() if issubclass(cls, RetrievalTask)]
-SMALL = {"copy": {}, "kv_retrieval": {}, "niah_multivalue": {"num_values": 2}, "niah_multiquery": {"num_values": 2}}
 CONFIG = EvaluationConfig(
     model="planted",
     data="stdlib",
@@ -51,8 +50,7 @@ class Given(Source):
 
 
 def small(name, **settings):
-    grid = {"depths": 3} if "depths" in {field.name for field in dataclasses.fields(TASKS[name])} else {}
-    return make_task(name, {"trials": 3} | grid | SMALL.get(name, {}) | settings)
+    return make_task(name, CASES[name].settings | settings)
 
 
 def planted_rows(task, reach):
@@ -62,30 +60,6 @@ def planted_rows(task, reach):
     own = [task.score(model, item, CONFIG) for item in items]
     cropped = [task.score_cropped(model, item, plain, CONFIG) for item, plain in zip(items, own, strict=True)]
     return [task.rows(items, Scores(scores, own, cropped), CONFIG) for scores in (own, cropped)]
-
-
-def shares(rows, measure="length"):
-    return {row["to"]: row["accuracy"] for row in rows if row["measure"] == measure}
-
-
-@pytest.mark.parametrize("name", RETRIEVAL)
-def test_a_model_that_knows_the_answer_scores_1(name):
-    rows, _ = planted_rows(small(name), math.inf)
-    assert shares(rows) == {256: 1.0, 512: 1.0}
-    assert all(row["nll"] < 1e-3 for row in rows)
-
-
-@pytest.mark.parametrize("name", RETRIEVAL)
-def test_a_model_that_does_not_scores_0(name):
-    rows, _ = planted_rows(small(name), 0)
-    assert shares(rows) == {256: 0.0, 512: 0.0}
-    assert all(row["nll"] == pytest.approx(math.log(VOCAB)) for row in rows)
-
-
-@pytest.mark.parametrize("name", RETRIEVAL)
-def test_a_model_that_is_right_only_below_1x_shows_that(name):
-    rows, _ = planted_rows(small(name), 256)
-    assert shares(rows) == {256: 1.0, 512: 0.0}
 
 
 def test_cropping_finds_what_lies_in_the_end_and_no_more():

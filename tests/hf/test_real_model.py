@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import rope_scaling
 from cases import arguments_of
 from rope_scaling.eval.documents import make_documents
-from rope_scaling.eval.perplexity import nll_curve
+from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.frequencies import METHODS
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.texts import read_texts

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.eval.rows import read_rows
+from rope_scaling.eval.files import read_rows
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.hf.patch import patch_record
 from rope_scaling.recipes import checkpoints, measure, processes, train

@@ -9,8 +9,9 @@ import datasets
 import evaluate
 import numpy as np
 
-from rope_scaling.eval.report import length_name
-from rope_scaling.eval.rows import measure
+from rope_scaling.eval.formatting import bucket_name
+from rope_scaling.eval.metric_arguments import check_arguments
+from rope_scaling.eval.scoring.buckets import measure
 
 
 _CITATION = """\
@@ -44,9 +45,6 @@ Examples:
     54.598150033144236
 """
 
-_OTHERS = {"predictions", "references", "match", "groups"}
-"""What `evaluate.combine` hands on for modules that stand beside this one."""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class PositionPerplexity(evaluate.Metric):
@@ -68,8 +66,7 @@ class PositionPerplexity(evaluate.Metric):
         seed: int = 0,
         **others: Any,
     ) -> dict[str, Any]:
-        if others.keys() - _OTHERS:
-            raise ValueError(f"Unknown arguments: {', '.join(sorted(others.keys() - _OTHERS))}.")
+        check_arguments(others)
         if not isinstance(trained_length, int) or trained_length < 4:
             raise ValueError(f"`trained_length` must be a whole number of 4 or more tokens; got {trained_length!r}.")
         curves = [np.asarray(values, dtype=np.float64) for values in nlls]
@@ -83,13 +80,13 @@ class PositionPerplexity(evaluate.Metric):
                 f"The longest document has {longest} tokens; `lengths` must ascend and begin below that. They are "
                 f"{lengths} for `trained_length` {trained_length}."
             )
-        found = {}
-        for row in measure(curves, curves, list(lengths), trained_length, seed):
-            if row["measure"] == "bucket":
-                ends = [length_name(row[name], trained_length) for name in ("from", "to")]
-                found[f"({ends[0]},{ends[1]}]"] = row
+        rows = {
+            bucket_name(row["from"], row["to"], trained_length): row
+            for row in measure(curves, curves, list(lengths), trained_length, seed)
+            if row["measure"] == "bucket"
+        }
+        fields = ("nll", "nll_low", "nll_high", "documents")
         return {
-            "perplexity": {name: math.exp(row["nll"]) for name, row in found.items()},
-            **{key: {name: row[key] for name, row in found.items()} for key in ("nll", "nll_low", "nll_high")},
-            "documents": {name: row["documents"] for name, row in found.items()},
+            "perplexity": {name: math.exp(row["nll"]) for name, row in rows.items()},
+            **{field: {name: row[field] for name, row in rows.items()} for field in fields},
         }

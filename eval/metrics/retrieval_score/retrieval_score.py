@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from rope_scaling.eval.intervals import wilson
+from rope_scaling.eval.metric_arguments import check_arguments
+from rope_scaling.eval.stats import share_right
 
 
 _CITATION = """\
@@ -41,12 +42,9 @@ Examples:
     1.0
 """
 
-_OTHERS = {"nlls", "trained_length", "lengths", "seed"}
-"""What `evaluate.combine` hands on for modules that stand beside this one."""
-
 _MATCHES: dict[str, Callable[[str, list[str]], bool]] = {
-    "all": lambda text, wanted: all(one in text for one in wanted),
-    "any": lambda text, wanted: any(one in text for one in wanted),
+    "all": lambda text, wanted: all(reference in text for reference in wanted),
+    "any": lambda text, wanted: any(reference in text for reference in wanted),
     "exact": lambda text, wanted: text in wanted,
 }
 
@@ -76,30 +74,24 @@ class RetrievalScore(evaluate.Metric):
         groups: list[Any] | None = None,
         **others: Any,
     ) -> dict[str, Any]:
-        if others.keys() - _OTHERS:
-            raise ValueError(f"Unknown arguments: {', '.join(sorted(others.keys() - _OTHERS))}.")
+        check_arguments(others)
         if match not in _MATCHES:
             raise ValueError(f"`match` must be one of {', '.join(_MATCHES)}; got {match!r}.")
         if not predictions:
             raise ValueError("There are no predictions to score.")
-        if not all(wanted and all(one.strip() for one in wanted) for wanted in references):
+        if not all(wanted and all(reference.strip() for reference in wanted) for wanted in references):
             raise ValueError("Every answer needs at least one reference, and none may be empty: all texts hold it.")
         if groups is not None and len(groups) != len(predictions):
             raise ValueError(f"`groups` has {len(groups)} labels for {len(predictions)} predictions.")
         right = [
-            _MATCHES[match](text.strip().casefold(), [one.strip().casefold() for one in wanted])
+            _MATCHES[match](text.strip().casefold(), [reference.strip().casefold() for reference in wanted])
             for text, wanted in zip(predictions, references, strict=True)
         ]
-        result = _shares(right)
+        result: dict[str, Any] = share_right(right)
         if groups is not None:
             labels = dict.fromkeys(groups)
             result["by_group"] = {
-                label: _shares([one for one, group in zip(right, groups, strict=True) if group == label])
+                label: share_right([own for own, group in zip(right, groups, strict=True) if group == label])
                 for label in labels
             }
         return result
-
-
-def _shares(right: list[bool]) -> dict[str, Any]:
-    correct, asked = sum(right), len(right)
-    return {**wilson(correct, asked).fields("accuracy"), "correct": correct, "asked": asked}

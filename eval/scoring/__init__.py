@@ -1,0 +1,1 @@
+"""Scores of a model on a text: losses at every position, answers to questions, and what they were measured with."""
