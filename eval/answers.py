@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rope_scaling.hf.host import cache_argument
+from rope_scaling.hf.compat import cache_argument
 
 
 _CACHED_TOKENS = 1 << 16

@@ -13,12 +13,12 @@ from typing import Any
 
 from rope_scaling.errors import RopeScalingError, unknown_name
 from rope_scaling.frequencies import FrequencyMethod
-from rope_scaling.hf.describe import method_text
+from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.loading import DEMO
+from rope_scaling.hf.method_text import method_text
 from rope_scaling.hf.patch import patch, patched
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.patch_arguments import NamedMethod
 from rope_scaling.hf.record import check_record, method_from_record
-from rope_scaling.hf.resolve import NamedMethod
 from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.methods import METHODS, Method, method_class, required_fields
 from rope_scaling.temperatures import Temperature

@@ -33,6 +33,8 @@ ALLOWED = {
     "strict": {"errors"},
     "texts": {"demo", "errors"},
     "hf": {"attention", "errors", "frequencies", "geometry", "methods", "spans", "temperatures", "training"},
+    "exporters": {"errors", "frequencies", "geometry", "hf"},
+    "doctor": {"errors", "exporters", "hf"},
     "demo": {"errors", "hf"},
     "recipes": {
         *("__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf", "strict", "texts", "training"),
@@ -42,9 +44,10 @@ ALLOWED = {
         *("errors", "demo", "frequencies", "geometry", "hf", "methods", "relative", "spans", "strict"),
         *("temperatures", "version"),
     },
-    "cli": {"errors", "frequencies", "geometry", "hf", "methods", "relative", "texts"},
+    "cli": {"doctor", "errors", "exporters", "frequencies", "geometry", "hf", "methods", "relative", "texts"},
     "__init__": {
-        *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),
+        *("doctor", "errors", "exporters", "frequencies", "geometry", "hf", "methods", "relative", "spans"),
+        *("temperatures", "version"),
     },
 }
 HEAVY = {
@@ -63,7 +66,7 @@ LIGHT_ROOMS = {
     *("errors", "version", "geometry", "frequencies", "spans", "temperatures", "methods", "relative", "attention"),
     "__init__",
 }
-HOST_ROOMS = {"hf", "recipes", "eval", "cli"}
+HOST_ROOMS = {"hf", "doctor", "exporters", "recipes", "eval", "cli"}
 
 
 def sources():

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 
-from rope_scaling.hf.doctor import Diagnosis, diagnose
+from rope_scaling.doctor import Diagnosis, diagnose
 
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}

@@ -45,7 +45,7 @@ def run(
 
     from rope_scaling.hf.loading import check_language_model, load_model, load_tokenizer
     from rope_scaling.hf.patch import unpatch
-    from rope_scaling.hf.tables import lengthen_tables
+    from rope_scaling.hf.sinusoidal_tables import lengthen_tables
     from rope_scaling.texts import read_texts
 
     logging.disable_progress_bar()
@@ -119,7 +119,7 @@ def _config(
     seed: int,
     **_: Any,
 ) -> Any:
-    from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+    from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
     from rope_scaling.hf.rotary import rotary_slots
 
     settings = importlib.import_module("rope_scaling.eval.config")

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError, cause_of
-from rope_scaling.hf.loud import is_loud
+from rope_scaling.hf.configs import RECORD_KEY, text_config
+from rope_scaling.hf.model_patch import applied_patch
 from rope_scaling.hf.overlay import Overlay, lay_over
-from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
-from rope_scaling.hf.pretrained import RECORD_KEY, text_config
+from rope_scaling.hf.patch import patch, patch_as_recorded, patch_record
 from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.hf.save_guard import is_guarded
 
 
 HINT_KEY = "load this adapter with rope_scaling.load_adapter"
@@ -136,14 +137,15 @@ def load_adapter(
 def _load_base(config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig
 
-    from rope_scaling.hf.loading import class_of, from_pretrained
+    from rope_scaling.hf.loading import from_pretrained
+    from rope_scaling.hf.skeleton import class_of
 
     base = config.get("base_model_name_or_path")
     if not base:
         raise RopeScalingError("The adapter names no base model. Give it loaded: `load_adapter(name, model)`.")
     try:
         model_config = AutoConfig.from_pretrained(base)
-        if is_loud(text_config(model_config)):
+        if is_guarded(text_config(model_config)):
             return from_pretrained(base, **arguments)
         return class_of(base, model_config).from_pretrained(base, **arguments).eval()
     except RopeScalingError:

@@ -24,9 +24,9 @@ from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.rows import Document, KeyStore, read_documents, segment
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.both_ways import WindowProgram, both_ways
+from rope_scaling.hf.bidirectional import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, turned_keys_of
-from rope_scaling.hf.host import cache_argument, take_cache
+from rope_scaling.hf.compat import cache_argument, take_cache
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.traced import TracedCall, no_positions_in_a_cache, trace, traceable
 

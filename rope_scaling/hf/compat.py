@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
@@ -41,3 +43,17 @@ def caches_of(model: Any, args: tuple[Any, ...], arguments: dict[str, Any], outp
         values += output
     found = {id(value): value for value in values if isinstance(value, Cache) and hasattr(value, "layers")}
     return list(found.values())
+
+
+def scale_softmax(decoder: nn.Module, layer_type: str | None, rope_parameters: dict[str, Any]) -> None:
+    """Gives latent attention the multiplier of scores that its own code computes from RoPE parameters when it is built
+    (the part of YaRN that DeepSeek keeps in its softmax, `mscale_all_dim`).
+
+    Only attention whose code does so is touched. Transformers computes it once, so a live model whose parameters
+    change would keep the multiplier of the old ones, and a reloaded one would not.
+    """
+    for module in decoder.modules():
+        compute = getattr(sys.modules.get(type(module).__module__), "yarn_apply_mscale", None)
+        known: Any = module
+        if compute is not None and layer_type is None and isinstance(getattr(known, "scaling", None), float):
+            known.scaling = compute(rope_parameters, known.qk_head_dim**-0.5)

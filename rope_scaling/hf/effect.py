@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
-from torch import nn
-
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.pretrained import layer_configs, windows_of
+from rope_scaling.hf.checkpoint import Checkpoint
+from rope_scaling.hf.configs import layer_configs, windows_of
 from rope_scaling.hf.probe import rotating_layers
 from rope_scaling.hf.program import level_of_the_caller
-from rope_scaling.hf.rotary import Slot
+from rope_scaling.hf.slot import Slot, SlotKey
 
 
-def check_felt(model: nn.Module, slots: list[Slot], patched: set[tuple[str, str | None]], length: int) -> None:
+def check_effect(checkpoint: Checkpoint, patched: Collection[SlotKey], length: int) -> None:
     """Looks, by running the decoders on a few vectors, whether a patch of their rotary modules changes anything.
 
     Args:
-        model (`nn.Module`): The model, before the patch.
-        slots (list of `Slot`): All of its slots.
-        patched (set): Paths and layer types of those that are to be patched.
+        checkpoint (`Checkpoint`): The model, before the patch.
+        patched (collection of `SlotKey`): Those of its slots that are to be patched.
         length (`int`): Tokens that it is to read.
 
     Raises:
@@ -29,21 +28,22 @@ def check_felt(model: nn.Module, slots: list[Slot], patched: set[tuple[str, str 
     Warns:
         UserWarning: layers that see the whole text do not rotate, and those that do see less than `length` tokens.
     """
-    for path in sorted({slot.decoder for slot in slots if (slot.path, slot.layer_type) in patched}):
-        decoder: Any = model.get_submodule(path)
+    for path in sorted({slot.decoder for slot in checkpoint.slots if slot.key in patched}):
+        slots = [slot for slot in checkpoint.slots if slot.decoder == path]
+        decoder: Any = checkpoint.model.get_submodule(path)
         seen = rotating_layers(decoder)
         if seen is None:
             continue
         rotating, used = seen
         if not any(rotating):
-            if all(_is_zero(slot) for slot in slots if slot.decoder == path):
+            if all(map(_is_zero, slots)):
                 continue  # a model under `drope`: what its layers would rotate by cannot be seen
             raise RopeScalingError(
                 f"No layer of {type(decoder).__name__} rotates queries and keys, although it has a rotary module (a "
                 "model with ALiBi, for one): a patch could not change any logit. Extend it by what its attention uses."
             )
         limits = _limits(decoder.config, used)
-        own = {slot.layer_type for slot in slots if slot.decoder == path and (slot.path, slot.layer_type) in patched}
+        own = {slot.layer_type for slot in slots if slot.key in patched}
         types = getattr(decoder.config, "layer_types", None) or [None] * len(rotating)
         scaled = [turns and (own == {None} or kind in own) for turns, kind in zip(rotating, types, strict=True)]
         far = [limit is None or limit >= length for limit in limits]
@@ -68,10 +68,10 @@ def _is_zero(slot: Slot) -> bool:
     return bool((slot.inv_freq.detach().float().abs() < 1e-30).all())
 
 
-def warn_of_windows(config: Any, length: int) -> None:
+def warn_of_windows(checkpoint: Checkpoint, length: int) -> None:
     """Warns of a model whose every layer sees less than `length` tokens."""
-    window = max((window or length for window in windows_of(config)), default=length)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = max((window or length for window in checkpoint.windows), default=length)
+    kinds = set(getattr(checkpoint.config, "layer_types", None) or ["sliding_attention"])
     if window < length and kinds == {"sliding_attention"}:
         warnings.warn(
             f"Every layer of this model attends to the last {window} tokens only (`sliding_window`), so no layer sees "

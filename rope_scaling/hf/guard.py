@@ -22,10 +22,10 @@ from torch import nn
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
-from rope_scaling.hf.host import caches_of
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.compat import caches_of
+from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.program import SpanProgram
-from rope_scaling.hf.rotary import Slot, is_pinned
+from rope_scaling.hf.slot import Slot, is_pinned
 
 
 _MARK = "rope_scaling_frequencies"
@@ -53,7 +53,7 @@ class Guard:
         decoder = model.get_submodule(path)
         self.attention = decoder.config._attn_implementation if program is not None else None
         self.frequencies = _digest(slots)
-        self.changed = any(_differs(one) for one in patches)
+        self.changed = any(change.rescaling is not None for change in patches)
         self._slots = list(zip(slots, patches, strict=True))
         self._parents = [_parent(model, slot.path) for slot in slots]
         self._in_use: list[tuple[Any, ...]] = [slot.in_use() for slot in slots]
@@ -119,7 +119,7 @@ class Guard:
             elif not is_pinned(slot.module):
                 yield f"The class of the rotary module `{slot.path}` was changed back, so {self.method} may get lost."
             elif not _same(in_use := slot.in_use(), self._in_use[at]) and not slot.inv_freq.is_meta:
-                if not slot.holds(change.extension.inv_freq, change.extension.attention_factor):
+                if not slot.holds(change.inv_freq, change.attention_factor):
                     yield (
                         f"The frequencies in `{slot.path}` were overwritten after the patch, so {self.method} is not "
                         "in effect."
@@ -228,12 +228,6 @@ def _stated(holder: Any) -> tuple[Any, ...]:
 
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     return all(a is b or (isinstance(a, int | float | str) and a == b) for a, b in zip(one, other, strict=True))
-
-
-def _differs(change: Any) -> bool:
-    return not torch.equal(change.extension.inv_freq, change.pretrained.inv_freq) or (
-        change.extension.attention_factor != change.pretrained.attention_factor
-    )
 
 
 def _digest(slots: list[Slot]) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
-from rope_scaling.hf.pretrained import host_frequencies
+from rope_scaling.hf.pretrained_rope import frequencies_from_config
 from rope_scaling.hf.rotary import rotary_slots
 
 
@@ -143,7 +143,7 @@ def with_weights(decoder: Any) -> Any:
     for module in copied.modules():
         _fill(module, noise)
     for slot in rotary_slots(copied):
-        slot.set(*host_frequencies(slot, slot.config), max(_POSITIONS) + 1)
+        slot.set(*frequencies_from_config(slot, slot.config), max(_POSITIONS) + 1)
     return copied
 
 

@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 
 
 def test_types_of_scaling():

@@ -13,7 +13,7 @@ import rope_scaling
 from cases import METHOD_CASES
 from rope_scaling import RopeScalingError, SlidingWindow
 from rope_scaling.hf.cache import rotated_copies
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from span_cases import SPAN_CASES
 
 

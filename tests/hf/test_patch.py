@@ -12,9 +12,9 @@ import rope_scaling
 from cases import METHOD_CASES, arguments_of
 from rope_scaling import Linear, Ntk, RopeScalingError, Yarn, make_method
 from rope_scaling.frequencies import METHODS
-from rope_scaling.hf import patch as patch_module
-from rope_scaling.hf.host import CACHE_NAME
-from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+from rope_scaling.hf import model_patch
+from rope_scaling.hf.compat import CACHE_NAME
+from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import rotary_slots
 
 
@@ -290,9 +290,11 @@ def test_a_module_that_does_not_take_the_change_is_reported_and_left(llama):
 def test_a_failure_halfway_leaves_the_earlier_patch(llama, monkeypatch):
     rope_scaling.patch(llama, "yarn", factor=4)
     before = state(llama)
-    verify = patch_module._verify
+    verify = model_patch._verify
     monkeypatch.setattr(
-        patch_module, "_verify", lambda slot, change: verify(slot, change) if change.method.name == "yarn" else 1 / 0
+        model_patch,
+        "_verify",
+        lambda slot, change: verify(slot, change) if change.rope_parameters["rope_type"] == "yarn" else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         rope_scaling.patch(llama, "linear", factor=4)

@@ -20,7 +20,7 @@ from transformers import (
 import rope_scaling
 from references import formulas
 from rope_scaling import Linear, RopeScalingError, SelfExtend
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 
 
 TRAINED, WIDTH = 64, 16

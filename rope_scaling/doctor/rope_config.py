@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rope_scaling.doctor.findings import NOTE, Finding, found
+from rope_scaling.doctor.lengths import check_other_lengths, check_part, check_windows, is_length
+from rope_scaling.doctor.sources import Source, family_reads
 from rope_scaling.errors import is_number
-from rope_scaling.hf.doctor.findings import NOTE, Finding, found
-from rope_scaling.hf.doctor.lengths import check_other_lengths, check_part, check_windows, is_length
-from rope_scaling.hf.doctor.sources import Source, family_reads
 from rope_scaling.hf.rope_types import known_types, remedy, type_of, with_static_base
 
 
