@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from rope_scaling.exporters.checkpoints import config_overrides, export
     from rope_scaling.hf.adapters import load_adapter, record_adapter
     from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
-    from rope_scaling.hf.describe import describe
-    from rope_scaling.hf.loading import from_pretrained
+    from rope_scaling.hf.describe import describe, read_description
+    from rope_scaling.hf.loading import from_pretrained, load_model, load_tokenizer
     from rope_scaling.hf.patch import patch, patched, unpatch
     from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 
@@ -74,8 +74,11 @@ _LAZY = {
     "export": "rope_scaling.exporters.checkpoints",
     "from_pretrained": "rope_scaling.hf.loading",
     "load_adapter": "rope_scaling.hf.adapters",
+    "load_model": "rope_scaling.hf.loading",
+    "load_tokenizer": "rope_scaling.hf.loading",
     "patch": "rope_scaling.hf.patch",
     "patched": "rope_scaling.hf.patch",
+    "read_description": "rope_scaling.hf.describe",
     "record_adapter": "rope_scaling.hf.adapters",
     "remove_chunked_loss": "rope_scaling.hf.chunked_loss",
     "remove_s2_attention": "rope_scaling.hf.s2",
@@ -134,9 +137,12 @@ __all__ = [
     "export",
     "from_pretrained",
     "load_adapter",
+    "load_model",
+    "load_tokenizer",
     "make_method",
     "patch",
     "patched",
+    "read_description",
     "record_adapter",
     "relative_positions",
     "remove_chunked_loss",
