@@ -10,6 +10,7 @@ import torch
 from rope_scaling.doctor.findings import Finding, found
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.checkpoint import Checkpoint
+from rope_scaling.hf.compat import attention_implementation, has_mask_function, is_registered_attention
 from rope_scaling.hf.configs import rope_parameters_of
 from rope_scaling.hf.guard import guard_of
 from rope_scaling.hf.model_patch import Patch
@@ -91,12 +92,8 @@ def _wanted(slot: Slot, patch: Patch | None) -> Any:
 
 
 def _attention(config: Any, ours: bool) -> Iterator[Finding]:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    name = getattr(config, "_attn_implementation", None)
-    registered = name in AttentionInterface._global_mapping
-    if registered and name not in ALL_MASK_ATTENTION_FUNCTIONS:
+    name = attention_implementation(config)
+    if is_registered_attention(name) and not has_mask_function(name):
         yield found(
             "RS404",
             f"The attention function {name!r} is registered without a mask function of the same name, so Transformers "

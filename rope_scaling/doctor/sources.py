@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.compat import optional_file
 from rope_scaling.hf.configs import RECORD_KEY, state_trained_length, text_config
 from rope_scaling.hf.loading import load_config, model_source
 from rope_scaling.hf.rope_types import type_of
@@ -159,10 +160,8 @@ def _section(raw: dict[str, Any], depth: int = 3) -> dict[str, Any]:
 
 
 def _read_json(place: str, name: str) -> dict[str, Any] | None:
-    from transformers.utils import cached_file
-
     try:
-        path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        path = optional_file(place, name)
     except OSError as error:
         raise RopeScalingError(f"Cannot read {name!r} of {place!r}: {str(error).splitlines()[0]}") from error
     if path is None:

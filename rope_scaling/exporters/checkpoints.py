@@ -24,6 +24,7 @@ from rope_scaling.exporters.targets import (
 )
 from rope_scaling.frequencies.base import longrope_parameters
 from rope_scaling.hf.checkpoint import Checkpoint, read_checkpoint
+from rope_scaling.hf.compat import ignored_rope_keys
 from rope_scaling.hf.configs import RECORD_KEY, rope_parameters_of
 from rope_scaling.hf.model_patch import Patch, applied_patch
 from rope_scaling.hf.rope_types import with_static_base
@@ -196,7 +197,7 @@ def _portable(checkpoint: Checkpoint, slot: Slot, parameters: dict[str, Any], ta
     """RoPE parameters that the target computes the live frequencies from."""
     parameters = with_static_base(parameters, slot.config)
     config, kind = slot.config, parameters["rope_type"]
-    known = READ_KEYS | set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    known = READ_KEYS | ignored_rope_keys(config)
     stated = {key: value for key, value in parameters.items() if key in known and value is not None}
     if QUERY_SCALE in stated and target == "sglang":
         raise RopeScalingError(

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError, cause_of
+from rope_scaling.hf.checkpoint import read_checkpoint
 from rope_scaling.hf.configs import RECORD_KEY, text_config
 from rope_scaling.hf.model_patch import applied_patch
 from rope_scaling.hf.overlay import Overlay, lay_over
 from rope_scaling.hf.patch import patch, patch_as_recorded, patch_record
-from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.hf.save_guard import is_guarded
 
 
@@ -108,7 +108,8 @@ def load_adapter(
         model = _load_base(config, arguments)
     elif arguments:
         raise RopeScalingError(f"{', '.join(arguments)} given beside a loaded model. They are for loading one.")
-    own = patch_record(model)
+    checkpoint = read_checkpoint(model)
+    own = checkpoint.record
     if own is None:
         patch_as_recorded(model, record)
     elif own != json.loads(json.dumps(record)):
@@ -116,7 +117,7 @@ def load_adapter(
             f"The adapter {str(name)!r} was trained under {_text(record)}, and the base model carries "
             f"{_text(own)}. `unpatch` it first; the adapter brings its own."
         )
-    elif applied_patch(rotary_slots(model)) is None:
+    elif applied_patch(checkpoint.slots) is None:
         patch(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{HINT_KEY}.*", category=UserWarning)

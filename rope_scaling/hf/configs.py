@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rope_scaling.hf.compat import layer_configs
 from rope_scaling.hf.record import ACTIVATION_KEYS
 from rope_scaling.hf.save_guard import is_guarded
 from rope_scaling.hf.transformers_v4 import (
@@ -49,23 +50,6 @@ def text_config(config: Any) -> Any:
         return config.get_text_config()
     except ValueError:
         return config.get_text_config(decoder=True)
-
-
-def layer_configs(config: Any) -> list[Any]:
-    """One config per layer: the same one, unless layers differ in heads or windows."""
-    if getattr(config, "is_heterogeneous", False):
-        return list(config.per_layer_config)
-    return [config] * getattr(config, "num_hidden_layers", 1)
-
-
-def layer_type_config(config: Any, layer_type: str | None) -> Any:
-    """The config of the layers of one type, where the heads of layer types differ in number or width."""
-    if layer_type and getattr(config, "is_heterogeneous", False):
-        try:
-            return config.per_layer_config[layer_type]
-        except ValueError:
-            pass  # layers of one type differ, in something else than their heads
-    return config
 
 
 def windows_of(config: Any) -> list[int | None]:

@@ -13,7 +13,8 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.hf.bidirectional import WindowProgram, window_program
 from rope_scaling.hf.checkpoint import Checkpoint
-from rope_scaling.hf.configs import layer_configs, windows_of
+from rope_scaling.hf.compat import layer_configs
+from rope_scaling.hf.configs import windows_of
 from rope_scaling.hf.model_patch import SlotPatch
 from rope_scaling.hf.patch_arguments import PatchMethods
 from rope_scaling.hf.pretrained_rope import PretrainedRope, frequencies_from_config

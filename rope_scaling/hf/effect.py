@@ -8,7 +8,8 @@ from typing import Any
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.checkpoint import Checkpoint
-from rope_scaling.hf.configs import layer_configs, windows_of
+from rope_scaling.hf.compat import layer_configs
+from rope_scaling.hf.configs import windows_of
 from rope_scaling.hf.probe import rotating_layers
 from rope_scaling.hf.program import level_of_the_caller
 from rope_scaling.hf.slot import Slot, SlotKey

@@ -22,7 +22,7 @@ from torch import nn
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
-from rope_scaling.hf.compat import caches_of
+from rope_scaling.hf.compat import attention_implementation, caches_of
 from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.slot import Slot, is_pinned
@@ -51,7 +51,7 @@ class Guard:
     def __init__(self, model: Any, path: str, slots: list[Slot], patches: list[Any], program: Any, method: str):
         self.method, self.program = method, program
         decoder = model.get_submodule(path)
-        self.attention = decoder.config._attn_implementation if program is not None else None
+        self.attention = attention_implementation(decoder.config) if program is not None else None
         self.frequencies = _digest(slots)
         self.changed = any(change.rescaling is not None for change in patches)
         self._slots = list(zip(slots, patches, strict=True))
@@ -77,8 +77,10 @@ class Guard:
             RopeScalingError: something that the patch relies on was changed, or the cache is of other frequencies.
         """
         if torch.compiler.is_compiling():
-            if self.attention is not None and decoder.config._attn_implementation != self.attention:
-                raise RopeScalingError(f"{self._turned_off(decoder, decoder.config._attn_implementation)} {_AGAIN}")
+            if self.attention is not None and attention_implementation(decoder.config) != self.attention:
+                raise RopeScalingError(
+                    f"{self._turned_off(decoder, attention_implementation(decoder.config))} {_AGAIN}"
+                )
             return
         if NOTED.get() is not None:
             return  # the model is being looked at, with attention that stands in for its own
@@ -108,7 +110,7 @@ class Guard:
         """Everything that is no longer as the patch left it; `deep` compares values where identities are the same."""
         if self.program is not None:
             configs = {id(config := vars(module)["config"]): config for module in (decoder, *self._attending)}
-            names = [config._attn_implementation for config in configs.values()]
+            names = [attention_implementation(config) for config in configs.values()]
             if others := [name for name in names if name != self.attention]:
                 yield self._turned_off(decoder, others[0])
             elif installed(decoder) is not self.program:
@@ -138,7 +140,7 @@ class Guard:
                 continue
             self._stated[index] = stated
 
-    def _turned_off(self, decoder: Any, name: str) -> str:
+    def _turned_off(self, decoder: Any, name: str | None) -> str:
         return (
             f"The attention implementation of {type(decoder).__name__} was set to {name!r} after the patch, which "
             f"turns {self.method} off."

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError, cause_of, first_line
+from rope_scaling.hf.compat import optional_file
 from rope_scaling.hf.configs import RECORD_KEY, keep_older_keys, text_config
 from rope_scaling.hf.dtype import compute_dtype, stored_dtype
 from rope_scaling.hf.patch import patch, patch_as_recorded
@@ -195,10 +196,8 @@ def load_tokenizer(name: str, **arguments: Any) -> Any:
 
 def tokenizer_source(name: str) -> str:
     """Where Transformers finds the tokenizer of a model: of an adapter's base model, if the adapter has none."""
-    from transformers.utils import cached_file
-
     adapter = _adapter_config(name)
-    if adapter is None or cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
+    if adapter is None or optional_file(name, "tokenizer_config.json"):
         return model_source(name)
     return tokenizer_source(_base_of(name, adapter))
 

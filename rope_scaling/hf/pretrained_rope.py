@@ -13,7 +13,8 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
-from rope_scaling.hf.configs import RECORD_KEY, config_values, layer_type_config, rope_parameters_of
+from rope_scaling.hf.compat import layer_type_config, rope_functions
+from rope_scaling.hf.configs import RECORD_KEY, config_values, rope_parameters_of
 from rope_scaling.hf.method_text import factor_of
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rope_types import check_types, with_static_base
@@ -192,8 +193,6 @@ def frequencies_from_config(slot: Slot, config: Any, length: int | None = None) 
     Returns:
         `tuple`: `[R / 2]`, float32, and the multiplier of cos and sin.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     parameters = slot.part_of(rope_parameters_of(config))
     static = with_static_base(parameters, config)
     if static is not parameters:
@@ -201,7 +200,7 @@ def frequencies_from_config(slot: Slot, config: Any, length: int | None = None) 
         config.rope_parameters = slot.with_part(config.rope_parameters, static)
     config = layer_type_config(config, slot.layer_type)  # as the modules of such models do
     rope_type = static["rope_type"]
-    compute = ROPE_INIT_FUNCTIONS.get(rope_type) or slot.default_frequencies
+    compute = rope_functions().get(rope_type) or slot.default_frequencies
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
     varying = {"seq_len": length} if length and rope_type == "longrope" else {}
     with torch.device("cpu"):

@@ -24,6 +24,7 @@ from torch import nn
 from rope_scaling.attention.rotary import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
+from rope_scaling.hf.compat import attention_implementation
 from rope_scaling.hf.pretrained_rope import frequencies_from_config
 from rope_scaling.hf.rotary import rotary_slots
 
@@ -193,7 +194,7 @@ def _evaluating(decoder: Any) -> Iterator[None]:
 
 def _observe(decoder: Any) -> tuple[dict[int, _Seen], dict[int, _Seen], Noted]:
     """Queries and keys of every layer, with all tokens at position 0 and at other positions; and what was noted."""
-    before = decoder.config._attn_implementation
+    before = attention_implementation(decoder.config)
     noted = Noted()
     noting = NOTED.set(noted)
     try:

@@ -12,17 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.compat import auto_model_classes, build_model
 from rope_scaling.hf.configs import RECORD_KEY, rope_parameters_of, text_config
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rope_types import check_types
 from rope_scaling.hf.save_guard import is_guarded
-
-
-_AUTO_CLASSES = (
-    *("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
-    *("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"),
-)
-"""Where to look, in this order, for the class of a model whose config names none."""
 
 
 @contextmanager
@@ -59,7 +53,7 @@ def build_skeleton(name: str, config: Any) -> torch.nn.Module:
     """
     config = buildable(config)
     with without_weights(), unknown_types_named(config):
-        return class_of(name, config)._from_config(config)
+        return build_model(class_of(name, config), config)
 
 
 def class_of(name: str, config: Any) -> Any:
@@ -70,11 +64,9 @@ def class_of(name: str, config: Any) -> Any:
         cls = getattr(transformers, architecture, None)
         if cls is not None and type(config) is getattr(cls, "config_class", None):
             return cls
-    for mapping in (getattr(transformers, auto)._model_mapping for auto in _AUTO_CLASSES):
-        known = mapping.get(type(config), ())
-        for cls in known if isinstance(known, (list, tuple)) else [known]:
-            if type(config) is (cls.config_class or type(config)):
-                return cls
+    for cls in auto_model_classes(config):
+        if type(config) is (cls.config_class or type(config)):
+            return cls
     raise RopeScalingError(
         f"Transformers {transformers.__version__} has no model for the config of {name!r} (`model_type` "
         f"{getattr(config, 'model_type', None)!r}). Load the model with its own code and give it to "
