@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, TRAINED_LENGTH, close, logits, make_model, rotary, token_ids
+from conftest import FAMILIES, TRAINED_LENGTH, close, logits, make_model, rotary, same_state, state, token_ids
 
 import rope_scaling
 from cases import METHOD_CASES, arguments_of
@@ -23,21 +23,6 @@ FULL_FAMILIES = [family for family in FAMILIES if family not in ("llama3.1", "qw
 
 def frequencies(model, layer_type=None):
     return getattr(rotary(model), f"{layer_type}_inv_freq" if layer_type else "inv_freq")
-
-
-def state(model):
-    """Everything a patch may touch, to compare before and after."""
-    return (
-        {name: buffer.clone() for name, buffer in model.named_buffers()},
-        model.config.to_json_string(use_diff=False),
-        [id(cls) for cls in type(rotary(model)).__mro__],
-        "_rope_scaling" in vars(rotary(model)),
-        {key: value for key, value in vars(rotary(model)).items() if not key.startswith("_")},
-    )
-
-
-def same_state(one, other):
-    return all(torch.equal(one[0][name], other[0][name]) for name in one[0]) and str(one[1:]) == str(other[1:])
 
 
 @pytest.mark.parametrize("name", METHODS)
