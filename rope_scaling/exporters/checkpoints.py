@@ -240,11 +240,11 @@ def _factor_lists(checkpoint: Checkpoint, slot: Slot, target: str) -> dict[str, 
     lowered = longrope_parameters(geometry, inv_freq, attention_factor, factor)
     if target != V4:
         lowered |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
-    kept = {key: value for key, value in pretrained.other_parameters.items() if key in READ_KEYS}
-    if "partial_rotary_factor" in kept and geometry.head_dim:
+    others = {key: value for key, value in pretrained.other_parameters.items() if key in READ_KEYS}
+    if "partial_rotary_factor" in others and geometry.head_dim:
         # Of 'proportional', it is the share of pairs that rotate; in the lists, all do, some by 0.
-        kept["partial_rotary_factor"] = geometry.rotary_dim / geometry.head_dim
-    return {**kept, "rope_theta": geometry.rope_theta, **lowered}
+        others["partial_rotary_factor"] = geometry.rotary_dim / geometry.head_dim
+    return {**others, "rope_theta": geometry.rope_theta, **lowered}
 
 
 def _path_to_text_config(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -256,8 +256,8 @@ def _path_to_text_config(checkpoint: Checkpoint) -> tuple[str, ...]:
         if config is text or (type(config), str(rope_parameters_of(config))) == wanted:
             return ()
         for name, inner in vars(config).items():
-            if isinstance(inner, PreTrainedConfig) and (found := find(inner)) is not None:
-                return name, *found
+            if isinstance(inner, PreTrainedConfig) and (path := find(inner)) is not None:
+                return name, *path
         return None
 
     outer = getattr(checkpoint.model, "config", None)

@@ -176,7 +176,7 @@ def _adapter_config(name: str) -> dict[str, Any]:
 
 def _text(record: dict[str, Any]) -> str:
     methods = ", ".join(
-        f"{one['name']}({', '.join(f'{key}={value}' for key, value in sorted(one.items()) if key != 'name')})"
-        for one in record["methods"]
+        f"{method['name']}({', '.join(f'{key}={value}' for key, value in sorted(method.items()) if key != 'name')})"
+        for method in record["methods"]
     )
     return f"{methods} to {record['target_length']} tokens"

@@ -15,7 +15,7 @@ from rope_scaling.hf.pretrained_rope import LoadedConfig, PretrainedRope, read_r
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.hf.skeleton import build_skeleton
-from rope_scaling.hf.slot import Slot
+from rope_scaling.hf.slot import Slot, configs_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Checkpoint:
     @property
     def configs(self) -> list[Any]:
         """The configs that the rotary modules were built from."""
-        return list({id(slot.config): slot.config for slot in self.slots}.values())
+        return configs_of(self.slots)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from rope_scaling.hf.bidirectional import WindowProgram, window_program
 from rope_scaling.hf.checkpoint import Checkpoint
 from rope_scaling.hf.compat import layer_configs
 from rope_scaling.hf.configs import windows_of
+from rope_scaling.hf.layout_detection import detect_layouts
 from rope_scaling.hf.model_patch import SlotPatch
 from rope_scaling.hf.patch_arguments import PatchMethods
 from rope_scaling.hf.pretrained_rope import PretrainedRope, frequencies_from_config
-from rope_scaling.hf.probe import look_at
 from rope_scaling.hf.program import Layer, SpanProgram
 from rope_scaling.hf.rescaling import closed_form
 from rope_scaling.hf.slot import Slot, SlotKey
@@ -65,24 +65,24 @@ def _program(decoder: Any, slots: list[Slot], patched: Mapping[SlotKey, SlotPatc
     windows = windows_of(config)
     chunks = [getattr(layer, "attention_chunk_size", None) for layer in layer_configs(config)]
     inv_freqs = [_frequencies_now(slot) for slot in slots]
-    look = look_at(decoder, inv_freqs, silent)
-    if look.noted.both_ways:
+    detected = detect_layouts(decoder, inv_freqs, silent)
+    if detected.noted.both_ways:
         reach = next(iter(patched.values())).pretrained.reach
         return window_program(decoder, methods.spans, methods.temperature, reach)
-    if odd := sorted({types[index] for index in silent if index in look.heard}):
+    if odd := sorted({types[index] for index in silent if index in detected.heard}):
         raise RopeScalingError(
             f"{type(decoder).__name__} has layers of the kind {odd[0]!r}, whose attention spans cannot express. "
             "Frequency methods work on it."
         )
     ropes = {index: _rope(slot, patched, methods, config) for index, slot in enumerate(slots)}
     layers = []
-    for place, (kind, detected) in enumerate(zip(types, look.layouts, strict=True)):
-        index, layout = detected or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
+    for place, (kind, rotation) in enumerate(zip(types, detected.layouts, strict=True)):
+        index, layout = rotation or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
         index = _slot_of_layer(slots, inv_freqs, index, kind)
         # A config without layer types and with a window has it in every layer, or states one that is never used.
-        window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in look.noted.windows else None
-        chunk = chunks[place] if kind in _CHUNKED and chunks[place] in look.noted.windows else None
-        rope = ropes[index] if detected else None
+        window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in detected.noted.windows else None
+        chunk = chunks[place] if kind in _CHUNKED and chunks[place] in detected.noted.windows else None
+        rope = ropes[index] if rotation else None
         layers.append(Layer(rope, layout, slots[index].key in patched, window, chunk, place not in silent))
     if not any(layer.rope for layer in layers if layer.scaled):
         raise RopeScalingError(f"No layer of {type(decoder).__name__} that the patch is for turns queries and keys.")

@@ -10,7 +10,7 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.checkpoint import Checkpoint
 from rope_scaling.hf.compat import layer_configs
 from rope_scaling.hf.configs import windows_of
-from rope_scaling.hf.probe import rotating_layers
+from rope_scaling.hf.layout_detection import rotating_layers
 from rope_scaling.hf.program import level_of_the_caller
 from rope_scaling.hf.slot import Slot, SlotKey
 
@@ -54,7 +54,7 @@ def check_effect(checkpoint: Checkpoint, patched: Collection[SlotKey], length: i
             and not any(map(all, zip(scaled, far, strict=True)))
             and any(map(all, zip(attends, far, strict=True)))
         ):
-            widest = max(limit for limit, one in zip(limits, scaled, strict=True) if one and limit is not None)
+            widest = max(limit for limit, rotates in zip(limits, scaled, strict=True) if rotates and limit is not None)
             warnings.warn(
                 f"The layers of {type(decoder).__name__} that see the whole text have no rotary embedding, and those "
                 f"that have one see {widest} tokens at most, which the model was trained on. A patch to {length} "
@@ -85,8 +85,8 @@ def _limits(config: Any, used: set[int]) -> list[int | None]:
     """How many tokens every layer sees at once; `None` for all."""
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     limits: list[int | None] = []
-    for kind, one, window in zip(types, layer_configs(config), windows_of(config), strict=True):
-        size = getattr(one, "attention_chunk_size", None) if kind == "chunked_attention" else window
+    for kind, layer, window in zip(types, layer_configs(config), windows_of(config), strict=True):
+        size = getattr(layer, "attention_chunk_size", None) if kind == "chunked_attention" else window
         windowed = kind is None or "sliding" in kind or "chunked" in kind
         limits.append(size if windowed and size in used else None)
     return limits

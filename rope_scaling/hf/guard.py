@@ -57,10 +57,12 @@ class Guard:
         self._slots = list(zip(slots, patches, strict=True))
         self._parents = [_parent(model, slot.path) for slot in slots]
         self._in_use: list[tuple[Any, ...]] = [slot.in_use() for slot in slots]
-        self._attending = [one for one in decoder.modules() if hasattr(one, "layer_idx") and "config" in vars(one)]
-        saving = (one for one in model.modules() if hasattr(one, "save_pretrained"))
-        self._holders = [one for one in saving if _records(vars(one).get("config"))]
-        self._stated: list[tuple[Any, ...]] = [_stated(one) for one in self._holders]
+        self._attending = [
+            module for module in decoder.modules() if hasattr(module, "layer_idx") and "config" in vars(module)
+        ]
+        saving = (module for module in model.modules() if hasattr(module, "save_pretrained"))
+        self._holders = [module for module in saving if _records(vars(module).get("config"))]
+        self._stated: list[tuple[Any, ...]] = [_stated(module) for module in self._holders]
         self._values = [copy.deepcopy(stated[1:]) for stated in self._stated]
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -175,10 +177,10 @@ class Guard:
                 layer.update = partial(_refuse, self.method)
 
 
-def guard(decoder: Any, one: Guard) -> None:
+def guard(decoder: Any, watch: Guard) -> None:
     """Puts a guard on a decoder, before its other hooks."""
-    decoder.register_forward_pre_hook(_Before(one), prepend=True, with_kwargs=True)
-    decoder.register_forward_hook(_After(one), with_kwargs=True)
+    decoder.register_forward_pre_hook(_Before(watch), prepend=True, with_kwargs=True)
+    decoder.register_forward_hook(_After(watch), with_kwargs=True)
 
 
 def guard_of(decoder: Any) -> Guard | None:
@@ -188,8 +190,8 @@ def guard_of(decoder: Any) -> Guard | None:
 
 def unguard(decoder: Any) -> None:
     """Takes the guard off."""
-    if (one := guard_of(decoder)) is not None:
-        one.leave()
+    if (watch := guard_of(decoder)) is not None:
+        watch.leave()
     for hooks in (decoder._forward_pre_hooks, decoder._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _Before | _After):
@@ -199,8 +201,8 @@ def unguard(decoder: Any) -> None:
 
 
 class _Before:
-    def __init__(self, one: Guard):
-        self.guard = one
+    def __init__(self, watch: Guard):
+        self.guard = watch
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.guard.before(decoder, args, kwargs)

@@ -21,7 +21,7 @@ from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.reference_models import watch_trainers
 from rope_scaling.hf.rescaling import Rescaling
 from rope_scaling.hf.rotary import rotary_slots
-from rope_scaling.hf.slot import Slot, patch_state, restore, set_patch_state
+from rope_scaling.hf.slot import Slot, configs_of, patch_state, restore, set_patch_state
 from rope_scaling.methods import Method
 
 
@@ -161,11 +161,6 @@ def detach(model: nn.Module, slots: Iterable[Slot]) -> None:
         remove(model.get_submodule(path))
     for module in {id(slot.module): slot.module for slot in slots}.values():
         restore(module)
-
-
-def configs_of(slots: Iterable[Slot]) -> list[Any]:
-    """The configs that rotary modules were built from."""
-    return list({id(slot.config): slot.config for slot in slots}.values())
 
 
 def _verify(slot: Slot, change: SlotPatch) -> None:

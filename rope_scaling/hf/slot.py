@@ -7,6 +7,7 @@ initialises rotary modules anew.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -120,15 +121,15 @@ class Slot:
 
     def holds(self, inv_freq: torch.Tensor, attention_factor: float) -> bool:
         """Whether the module, read back, holds exactly these."""
-        found = self.inv_freq.cpu()
-        same = found.dtype == torch.float32 and torch.equal(found, inv_freq)
+        in_use = self.inv_freq.cpu()
+        same = in_use.dtype == torch.float32 and torch.equal(in_use, inv_freq)
         # Under any other type Transformers computes frequencies anew in a call.
         return same and self.attention_factor == attention_factor and self.rope_type == "default"
 
     def in_use(self) -> tuple[Any, ...]:
         """What holds the frequencies, for telling by identity whether anything was put in its place since."""
         buffers = [self.module._buffers.get(name) for name in self.buffer_names]
-        versions = [None if one is None or one.is_inference() else one._version for one in buffers]
+        versions = [None if buffer is None or buffer.is_inference() else buffer._version for buffer in buffers]
         return *buffers, *versions, getattr(self.module, self._attention_name, None), self.module.rope_type
 
     def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
@@ -157,6 +158,11 @@ class PatchState:
     """Name of the module in the model that was patched; wrappers that come later change it."""
     decoder: str = ""
     """Name of its decoder there."""
+
+
+def configs_of(slots: Iterable[Slot]) -> list[Any]:
+    """The configs that rotary modules were built from."""
+    return list({id(slot.config): slot.config for slot in slots}.values())
 
 
 def decoder_around(model: nn.Module, path: str) -> str:

@@ -105,5 +105,5 @@ def is_reworded(parameters: dict[str, Any], model_type: str) -> bool:
 def stated_in_older_keys(values: dict[str, Any], model_type: str) -> dict[str, Any]:
     """Base and rotated share at the top of a config, where older readers look, under their names of today."""
     names = {name: name for name in (*_NEOX_NAMES, _LOCAL_BASE)} | _OTHER_NAMES.get(model_type, {})
-    found = {name: values.get(other) for name, other in names.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    stated = {name: values.get(older) for name, older in names.items()}
+    return {name: value for name, value in stated.items() if value is not None}

@@ -1,9 +1,9 @@
-"""Looking at how a decoder's attention turns queries and keys, by running it on a few vectors.
+"""Detection of the rotary layout of a decoder's layers, by running it on a few vectors.
 
-Which dimensions form a pair, and whether a layer turns anything at all, stands in modelling code, differently in every
-family. Two runs, one with every token at position 0 and one with tokens at other positions, show it; and they show
-that every layer's attention goes through the interface and gets what the hook hands over. In both, attention returns
-zeros, so that every layer sees the same in both.
+How RoPE is applied (which dimensions form a pair, which layers rotate at all) is defined only in each family's
+modelling code. Two runs, one with every token at position 0 and one with tokens at other positions, show it; and they
+show that every layer's attention goes through Transformers' interface and gets the keyword argument of the decoder
+hook. In both, attention returns zeros, so that every layer gets the same input in both.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class _Probe:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a decoder was seen to do."""
+class DetectedLayouts:
+    """What was detected of a decoder."""
 
     layouts: list[tuple[int, RotaryLayout] | None]
-    """For every layer, which of the frequencies it is turned with and which dimensions form pairs; `None` if it does
-    not turn."""
+    """For every layer, the index of the frequencies that it rotates with and which dimensions form pairs; `None` if it
+    does not rotate."""
     heard: set[int]
     """Layers whose attention was called."""
     noted: Noted
 
 
-def look_at(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int] = ()) -> Look:
+def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int] = ()) -> DetectedLayouts:
     """Runs a decoder on a few vectors, with attention that returns zeros.
 
     Args:
@@ -88,7 +88,7 @@ def look_at(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int]
         else None
         for index in range(count)
     ]
-    return Look(layouts, set(still), noted)
+    return DetectedLayouts(layouts, set(still), noted)
 
 
 def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
@@ -97,7 +97,7 @@ def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
     Where attention does not go through Transformers' interface, all layers count as rotating if any does.
 
     Args:
-        decoder (`nn.Module`): As for `look_at`.
+        decoder (`nn.Module`): As for `detect_layouts`.
 
     Returns:
         One flag a layer and the windows in tokens; `None` if the decoder cannot be run on a few vectors.
@@ -112,7 +112,7 @@ def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
         still, moved, noted = _observe(runnable)
         if len(still) == count:
             pairs = [(moved[index], still[index]) for index in range(count)]
-            return [not all(map(torch.equal, one, other)) for one, other in pairs], noted.windows
+            return [not all(map(torch.equal, *pair)) for pair in pairs], noted.windows
     try:
         with _evaluating(runnable):
             still_out, moved_out = (_hidden(runnable, positions) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
@@ -263,10 +263,10 @@ def _layout(
     inv_freqs: list[torch.Tensor],
     tolerance: float,
 ) -> tuple[int, RotaryLayout] | None:
-    def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-        return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-12))
+    def agree(seen: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return bool((seen - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-12))
 
-    if all(agree(one, other) for one, other in zip(moved, still, strict=True)):
+    if all(map(agree, moved, still)):
         return None
     width = still[0].shape[-1]
     for index, inv_freq in enumerate(inv_freqs):
@@ -276,8 +276,8 @@ def _layout(
             for start in sorted({0, width - rotary_dim}):
                 layout = RotaryLayout(rotary_dim, interleaved, start, backward)
                 if rotary_dim <= width and rotation is not None:
-                    wanted = (rotation.apply(vectors, layout) for vectors in still)
-                    if all(agree(found, want) for found, want in zip(moved, wanted, strict=True)):
+                    wanted = [rotation.apply(vectors, layout) for vectors in still]
+                    if all(map(agree, moved, wanted)):
                         return index, layout
     raise RopeScalingError(
         f"Layer {layer} turns queries and keys in a way that this library does not know: neither halves nor "
