@@ -21,7 +21,7 @@ from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.reference_models import watch_trainers
 from rope_scaling.hf.rescaling import Rescaling
 from rope_scaling.hf.rotary import rotary_slots
-from rope_scaling.hf.slot import Slot, configs_of, patch_state, restore, set_patch_state
+from rope_scaling.hf.slot import Slot, SlotKey, configs_of, patch_state, restore, set_patch_state
 from rope_scaling.methods import Method
 
 
@@ -57,7 +57,7 @@ class SlotPatch:
 class Patch:
     """A whole patch; `plan_patch` works it out, and every patched module holds it."""
 
-    slots: dict[tuple[str, str | None], SlotPatch]
+    slots: dict[SlotKey, SlotPatch]
     """By name of the rotary module and layer type."""
     methods: tuple[Method, ...]
     """All of them, the frequency method first."""
@@ -75,9 +75,15 @@ class Patch:
         """Changes a model, in place of the patch that it carries, and verifies the change by reading it back.
 
         Raises:
-            RopeScalingError: a change did not take effect; the model is left as it was.
+            RopeScalingError: the model has not the modules that the patch is for, or a change did not take effect; the
+                model is left as it was.
         """
         slots = rotary_slots(model)
+        if missing := self.slots.keys() - {slot.key for slot in slots}:
+            raise RopeScalingError(
+                f"This patch was planned for another model: {type(model).__name__} has no rotary module "
+                f"`{min(missing)[0]}`. Plan it on the model itself."
+            )
         outer, config = applied_patch(slots), slots[0].config
         if outer is not None:
             outer = replace(outer, config_values=config_state(config))

@@ -45,6 +45,14 @@ def test_reverting_needs_a_patch():
         planned.revert(make_model("llama"))
 
 
+def test_a_plan_for_other_modules_is_refused():
+    model = make_model("llama")
+    before, planned = state(model), plan(model, "yarn", factor=4)
+    with pytest.raises(RopeScalingError, match=r"planned for another model: LlamaModel has no .*`model.rotary_emb`"):
+        planned.apply(model.model)
+    assert same_state(state(model), before)
+
+
 def test_one_plan_for_several_models_alike():
     first, second = make_model("llama"), make_model("llama")
     planned = plan(first, "yarn", factor=4)
