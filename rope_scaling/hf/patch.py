@@ -104,7 +104,8 @@ def patch_as_recorded(model: nn.Module, record: dict[str, Any]) -> nn.Module:
         RopeScalingError: the record is damaged, or was made on a model of other rotary settings or lengths.
     """
     checkpoint = read_checkpoint(model)
-    made_on = check_record(record)["pretrained"]
+    record = check_record(record)
+    made_on = record["pretrained"]
     here = {name: getattr(checkpoint.config, name, None) for name in ACTIVATION_KEYS} | checkpoint.settings
     if different := [name for name, value in made_on.items() if here.get(name) != value]:
         changes = "; ".join(f"`{name}` there {made_on[name]}, here {here.get(name)}" for name in different)
