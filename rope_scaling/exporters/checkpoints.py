@@ -41,7 +41,7 @@ _NEAREST = {
 
 
 def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
-    """The keys of `config.json` that let a server compute the frequencies of a model, patched or as it arrived.
+    """The keys of `config.json` that let a server compute the frequencies of a model, patched or as loaded.
 
     For `--hf-overrides` of vLLM or `--json-model-override-args` of SGLang, where the weights are those of the base.
 
@@ -138,7 +138,7 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     """Writes a checkpoint for a server: weights, config, tokenizer with its new length, and how to serve it.
 
     Args:
-        model (`nn.Module`): A loaded model, patched or as it arrived, without adapters (`merge_and_unload` first).
+        model (`nn.Module`): A loaded model, patched or not, without adapters (`merge_and_unload` first).
         folder (`str` or `Path`): Where to; it must not exist, or be empty.
         target (`str`): As for `config_overrides`.
         tokenizer (*optional*): Saved beside it.

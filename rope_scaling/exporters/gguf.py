@@ -48,7 +48,7 @@ def rewrite_gguf(model: nn.Module, source: str | Path, out: str | Path) -> Path:
     anything else as a factor for every pair, which the architectures that llama.cpp builds like Llama read.
 
     Args:
-        model (`nn.Module`): The base model of the file, patched, or as it arrived. Its weights are not needed.
+        model (`nn.Module`): The base model of the file, patched or not. Its weights are not needed.
         source (`str` or `Path`): A GGUF file of it, such as `convert_hf_to_gguf.py` writes, or one from a hub.
         out (`str` or `Path`): The new file.
 

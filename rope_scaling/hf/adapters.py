@@ -102,7 +102,7 @@ def load_adapter(
         raise RopeScalingError(
             f"The adapter {str(name)!r} records no patch. If it was trained without one, load it with "
             "`PeftModel.from_pretrained`. If it was trained under one, patch its base model the same way first: "
-            "nothing else tells how it was."
+            "the adapter does not record how."
         )
     if model is None:
         model = _load_base(config, arguments)

@@ -85,7 +85,9 @@ def _program(decoder: Any, slots: list[Slot], patched: Mapping[SlotKey, SlotPatc
         rope = ropes[index] if rotation else None
         layers.append(Layer(rope, layout, slots[index].key in patched, window, chunk, place not in silent))
     if not any(layer.rope for layer in layers if layer.scaled):
-        raise RopeScalingError(f"No layer of {type(decoder).__name__} that the patch is for turns queries and keys.")
+        raise RopeScalingError(
+            f"None of the selected layers of {type(decoder).__name__} uses RoPE. Check `layer_types`."
+        )
     program = SpanProgram(methods.spans, methods.temperature, layers)
     if program.reach is not None and methods.target_length is not None and methods.target_length > program.reach:
         names = " with ".join(method.name or type(method).__name__ for method in methods.spans)

@@ -23,16 +23,16 @@ class SlotDescription:
     module: str
     layer_type: str | None
     method: str
-    """The method in effect with its fields, or how the checkpoint arrived."""
+    """The method in effect with its fields, or the scaling that the checkpoint was loaded with."""
     original_length: int
     """Trained length, in tokens."""
     reach: int
-    """Length that the checkpoint reads as it arrives, in tokens."""
+    """Context length of the checkpoint as loaded, in tokens."""
     target_length: int
     """Length that it is meant to read now, in tokens."""
     attention_factor: float
     arithmetic: str
-    """How the frequencies were arrived at."""
+    """How the frequencies were computed."""
     reload: str
     """How plain Transformers gets the same frequencies from a saved folder."""
     inv_freq: torch.Tensor
@@ -41,7 +41,7 @@ class SlotDescription:
     """`[R / 2]`, float32."""
 
     def pair_table(self) -> str:
-        """One line a pair: wavelength as trained and now in tokens, slow-down, turns in trained and target length."""
+        """One line per pair: wavelength as trained and now in tokens, slow-down, turns in trained and new length."""
         lines = ["  pair   wavelength      now     slow-down   turns in trained / target length"]
         for index, (old, new) in enumerate(
             zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)

@@ -70,7 +70,7 @@ def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collecti
         silent (collection of `int`): Layers that may have no attention, such as recurrent ones.
 
     Raises:
-        RopeScalingError: attention does not go through Transformers' interface, or turns in a way not known here.
+        RopeScalingError: attention does not go through Transformers' interface, or the rotary layout is not supported.
     """
     count = decoder.config.num_hidden_layers
     runnable = with_weights(decoder)
@@ -280,6 +280,6 @@ def _layout(
                     if all(map(agree, moved, wanted)):
                         return index, layout
     raise RopeScalingError(
-        f"Layer {layer} turns queries and keys in a way that this library does not know: neither halves nor "
-        f"neighbours of {', '.join(str(2 * len(inv_freq)) for inv_freq in inv_freqs)} dimensions."
+        f"Layer {layer} uses an unsupported rotary layout: neither half-split nor interleaved over "
+        f"{', '.join(str(2 * len(inv_freq)) for inv_freq in inv_freqs)} dimensions."
     )

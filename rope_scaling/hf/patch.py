@@ -43,8 +43,8 @@ def patch(
     together; plain Transformers loads the result to the same logits. Methods of spans and temperatures live in
     attention: a checkpoint saved with one fails to load in plain Transformers, with the name of what loads it,
     `rope_scaling.from_pretrained`. A model that is patched already is first taken back to what it was. A model that
-    arrives scaled is extended from there (see `describe` for the arithmetic): `factor` multiplies the length that it
-    reads as it arrives.
+    is loaded scaled is extended from there (see `describe` for the arithmetic): `factor` multiplies the length that it
+    reads as loaded.
 
     Args:
         model (`nn.Module`): A loaded Transformers model, bare or wrapped (PEFT, accelerate, `torch.compile`).
@@ -52,7 +52,7 @@ def patch(
             one or more method objects, or pairs of a name and its fields, at most one each that decides frequencies,
             distances, the keys seen, and the temperature. Without any, what the config of a saved patched model
             records.
-        factor (`float`, *optional*): Target length over the length the model reads as it arrives, at least 1.
+        factor (`float`, *optional*): Target length over the length the model reads as loaded, at least 1.
         target_length (`int`, *optional*): The same in tokens. A method made for a length needs one of the two; with
             others (`abf` with a base, `drope`, ...) it only sets the length written to the config.
         original_max_position_embeddings (`int`, *optional*): Trained length in tokens, where the config has none.

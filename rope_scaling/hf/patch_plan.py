@@ -38,6 +38,7 @@ def plan_patch(checkpoint: Checkpoint, arguments: PatchArguments) -> Patch:
     Warns:
         UserWarning: windows that keep every layer from seeing the target length.
     """
+    settings = copy.deepcopy(checkpoint.settings)
     chosen = arguments.choose(checkpoint.slots)
     methods = arguments.methods_for(max(checkpoint.rope(slot).reach for slot in chosen))
     changes = {slot.key: _plan_slot(checkpoint, slot, methods) for slot in chosen}
@@ -53,7 +54,6 @@ def plan_patch(checkpoint: Checkpoint, arguments: PatchArguments) -> Patch:
     check_effect(checkpoint, set(changes), target)
     if not methods.spans:
         warn_of_windows(checkpoint, target)
-    settings = copy.deepcopy(checkpoint.settings)
     for name in ACTIVATION_KEYS:
         if name in values:
             settings.setdefault(name, getattr(checkpoint.config, name))
@@ -74,8 +74,8 @@ def _plan_slot(checkpoint: Checkpoint, slot: Slot, methods: PatchMethods) -> Slo
     if methods.frequency is None:
         if methods.target_length is None and slot.ends_at(pretrained.reach):
             raise RopeScalingError(
-                f"{type(slot.module).__name__} looks its angles up in a table with a row for every position, which "
-                f"has {pretrained.reach}. Say how far to read: `patch(..., target_length={2 * pretrained.reach})`."
+                f"{type(slot.module).__name__} uses a precomputed table of {pretrained.reach} positions. Pass "
+                f"`target_length={2 * pretrained.reach}` to extend it."
             )
         longest = max(methods.target_length or 0, pretrained.reach)
         return SlotPatch(pretrained, longest, None, pretrained.reach)

@@ -14,7 +14,7 @@ from rope_scaling.hf.record import ACTIVATION_KEYS
 
 
 MESSAGE = "rope_scaling: this model's attention was patched; load it with rope_scaling.from_pretrained(folder)"
-"""What stands in the config where Transformers, and every server that reads its configs, looks a name up and fails."""
+"""Deliberately invalid `rope_type`. Loaders that do not know this library fail on it and show this text."""
 
 
 class SavedAsMessage(str):

@@ -35,7 +35,7 @@ class Slot:
     """The rotary module."""
     layer_type: str | None
     decoder: str = ""
-    """Name of the decoder whose layers it turns: the nearest model around the module."""
+    """Name of the decoder whose layers it rotates: the nearest model around the module."""
 
     @property
     def key(self) -> SlotKey:
