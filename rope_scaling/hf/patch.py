@@ -92,7 +92,6 @@ def patch(
 
 
 def _patched_with(checkpoint: Checkpoint, arguments: PatchArguments) -> nn.Module:
-    checkpoint = checkpoint.trained_at(arguments.original_max_position_embeddings)
     plan_patch(checkpoint, arguments).apply(checkpoint.model)
     return checkpoint.model
 

@@ -28,7 +28,7 @@ def plan_patch(checkpoint: Checkpoint, arguments: PatchArguments) -> Patch:
     """Works out everything that a patch changes: frequencies, spans of every layer, the config, the record.
 
     Args:
-        checkpoint (`Checkpoint`): What `read_checkpoint` gave, with the trained length of the arguments.
+        checkpoint (`Checkpoint`): What `read_checkpoint` gave.
         arguments (`PatchArguments`): What `PatchArguments.parse` gave.
 
     Raises:
@@ -38,15 +38,17 @@ def plan_patch(checkpoint: Checkpoint, arguments: PatchArguments) -> Patch:
     Warns:
         UserWarning: windows that keep every layer from seeing the target length.
     """
-    settings = copy.deepcopy(checkpoint.settings)
+    if arguments.original_max_position_embeddings is not None:
+        checkpoint = checkpoint.trained_at(arguments.original_max_position_embeddings)
+    settings = checkpoint.settings
     chosen = arguments.choose(checkpoint.slots)
     methods = arguments.methods_for(max(checkpoint.rope(slot).reach for slot in chosen))
     changes = {slot.key: _plan_slot(checkpoint, slot, methods) for slot in chosen}
     target = max(change.target_length for change in changes.values())
     guarded = methods.in_attention or not checkpoint.in_config
-    values = _config_values(checkpoint, changes, guarded)
+    stated = _stated(checkpoint, changes, guarded)
     if arguments.recorded:
-        _check_config_as_recorded(checkpoint, values, guarded)
+        _check_config_as_recorded(checkpoint, stated["rope_parameters"], guarded)
     programs = {}
     if methods.in_attention:
         _check_no_s2_attention(checkpoint)
@@ -54,17 +56,14 @@ def plan_patch(checkpoint: Checkpoint, arguments: PatchArguments) -> Patch:
     check_effect(checkpoint, set(changes), target)
     if not methods.spans:
         warn_of_windows(checkpoint, target)
-    for name in ACTIVATION_KEYS:
-        if name in values:
-            settings.setdefault(name, getattr(checkpoint.config, name))
-    values["max_position_embeddings"] = target
-    values[RECORD_KEY] = make_record(
+    record = make_record(
         methods.all,
         methods.target_length if methods.in_attention else target,
         sorted({slot.layer_type for slot in chosen if slot.layer_type}) or None,
-        arguments.original_max_position_embeddings,
-        settings,
+        checkpoint.original_max_position_embeddings,
+        {name: getattr(checkpoint.config, name) for name in ACTIVATION_KEYS if name in stated} | settings,
     )
+    values = {**stated, "max_position_embeddings": target, RECORD_KEY: copy.deepcopy(record)}
     return Patch(changes, methods.all, values, programs)
 
 
@@ -87,7 +86,7 @@ def _plan_slot(checkpoint: Checkpoint, slot: Slot, methods: PatchMethods) -> Slo
     return SlotPatch(pretrained, target, rescaling, int(pretrained.reach * factor_of(methods.frequency)))
 
 
-def _config_values(checkpoint: Checkpoint, changes: dict[Any, SlotPatch], guarded: bool) -> dict[str, Any]:
+def _stated(checkpoint: Checkpoint, changes: dict[Any, SlotPatch], guarded: bool) -> dict[str, Any]:
     """The attributes of the config that state the frequencies; `guarded`, so that plain loaders refuse it."""
     parameters = copy.deepcopy(checkpoint.settings["rope_parameters"])
     for slot in checkpoint.slots:
@@ -98,11 +97,11 @@ def _config_values(checkpoint: Checkpoint, changes: dict[Any, SlotPatch], guarde
     return {"rope_parameters": parameters}
 
 
-def _check_config_as_recorded(checkpoint: Checkpoint, values: dict[str, Any], guarded: bool) -> None:
+def _check_config_as_recorded(checkpoint: Checkpoint, parameters: dict[str, Any], guarded: bool) -> None:
     """Refuses a config whose settings are not those of the patch that it records. A guarded one may have those before
     the patch: it had to be taken back to them to be loaded.
     """
-    allowed = [values["rope_parameters"]] + ([checkpoint.settings["rope_parameters"]] if guarded else [])
+    allowed = [parameters] + ([checkpoint.settings["rope_parameters"]] if guarded else [])
     if checkpoint.config.rope_parameters not in allowed:
         raise RopeScalingError(
             "The config's `rope_parameters` are not those of the patch it records: one of the two was edited. "
