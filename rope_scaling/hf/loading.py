@@ -70,6 +70,9 @@ def load_model(
             `lengthen_tables`).
         **arguments: Further ones, as `PreTrainedModel.from_pretrained` takes them.
 
+    Returns:
+        `nn.Module`: the model.
+
     Raises:
         RopeScalingError: there is no such model, it could not be fetched, or dtype or device are not known.
     """
@@ -188,7 +191,18 @@ def check_language_model(name: str, config: Any = None) -> None:
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:
-    """The tokenizer of a model, with the same names as `load_model`."""
+    """The tokenizer of a model; of an adapter's base model, if the adapter has none.
+
+    Args:
+        name (`str`): `demo`, a folder of a model or an adapter, or a hub id.
+        **arguments: Further ones, as `AutoTokenizer.from_pretrained` takes them.
+
+    Returns:
+        `PreTrainedTokenizerBase`: the tokenizer.
+
+    Raises:
+        RopeScalingError: there is none, or it could not be fetched.
+    """
     from transformers import AutoTokenizer
 
     return _fetch(AutoTokenizer.from_pretrained, tokenizer_source(name), **arguments)
