@@ -1,4 +1,4 @@
-"""A patch worked out for one model, and the only two functions that change a model: `Patch.apply`, `Patch.revert`."""
+"""A patch worked out for one model, put on it and taken off; no other file does either."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import install, installed, remove
 from rope_scaling.hf.bidirectional import WindowProgram
 from rope_scaling.hf.compat import scale_softmax
-from rope_scaling.hf.configs import RECORD_KEY, config_state, own_configs, set_config
+from rope_scaling.hf.configs import RECORD_KEY, config_state, own_configs, rope_parameters_of, set_config
 from rope_scaling.hf.guard import Guard, guard, unguard
 from rope_scaling.hf.method_text import method_text
-from rope_scaling.hf.pretrained_rope import PretrainedRope
+from rope_scaling.hf.pretrained_rope import PretrainedRope, frequencies_from_config
 from rope_scaling.hf.program import SpanProgram
 from rope_scaling.hf.reference_models import watch_trainers
 from rope_scaling.hf.rescaling import Rescaling
@@ -167,6 +167,23 @@ def detach(model: nn.Module, slots: Iterable[Slot]) -> None:
         remove(model.get_submodule(path))
     for module in {id(slot.module): slot.module for slot in slots}.values():
         restore(module)
+
+
+def load_settings(model: nn.Module, slots: Iterable[Slot], settings: dict[str, Any]) -> None:
+    """Gives a model that was saved patched and loaded by plain Transformers its pretrained frequencies and config, as
+    loading those would.
+
+    Args:
+        model (`nn.Module`): The model, without a patch in effect.
+        slots (iterable of `Slot`): All of its slots.
+        settings (`dict[str, Any]`): `max_position_embeddings` and `rope_parameters` before the patch, as recorded.
+    """
+    own_configs(model)
+    set_config(model, configs_of(slots), settings)
+    for slot in slots:
+        parameters = rope_parameters_of(slot.config)
+        slot.load(*frequencies_from_config(slot, slot.config), parameters)
+        scale_softmax(model.get_submodule(slot.decoder), slot.layer_type, slot.part_of(parameters))
 
 
 def _verify(slot: Slot, change: SlotPatch) -> None:

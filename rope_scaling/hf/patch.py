@@ -12,12 +12,10 @@ from torch import nn
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.checkpoint import Checkpoint, read_checkpoint
-from rope_scaling.hf.compat import scale_softmax
-from rope_scaling.hf.configs import RECORD_KEY, config_state, own_configs, rope_parameters_of, set_config
-from rope_scaling.hf.model_patch import applied_patch, detach
+from rope_scaling.hf.configs import RECORD_KEY, config_state
+from rope_scaling.hf.model_patch import applied_patch, detach, load_settings
 from rope_scaling.hf.patch_arguments import NamedMethod, PatchArguments
 from rope_scaling.hf.patch_plan import plan_patch
-from rope_scaling.hf.pretrained_rope import frequencies_from_config
 from rope_scaling.hf.record import ACTIVATION_KEYS, check_record
 from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.methods import Method
@@ -136,7 +134,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     settings = checkpoint.settings
     _take_off(model)
     if any(hasattr(config, RECORD_KEY) for config in checkpoint.configs):
-        _load_settings(checkpoint, settings)
+        load_settings(model, checkpoint.slots, settings)
     return model
 
 
@@ -146,16 +144,6 @@ def _take_off(model: nn.Module) -> None:
         applied.revert(model)
     else:
         detach(model, slots)
-
-
-def _load_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    """Gives modules that hold a saved patch the frequencies of the pretrained settings, as loading those would."""
-    own_configs(checkpoint.model)
-    set_config(checkpoint.model, checkpoint.configs, settings)
-    for slot in checkpoint.slots:
-        parameters = rope_parameters_of(slot.config)
-        slot.load(*frequencies_from_config(slot, slot.config), parameters)
-        scale_softmax(checkpoint.model.get_submodule(slot.decoder), slot.layer_type, slot.part_of(parameters))
 
 
 @contextmanager
