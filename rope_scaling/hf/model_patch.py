@@ -88,6 +88,7 @@ class Patch:
         if outer is not None:
             outer = replace(outer, config_values=config_state(config))
             outer.revert(model)
+        detach(model, slots)  # what is left of a patch whose modules were replaced
         before = config_state(slots[0].config)
         try:
             self._put_on(model, slots, before)

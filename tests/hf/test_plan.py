@@ -108,6 +108,20 @@ def test_a_plan_that_fails_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     assert same_state(state(model), before) and not model.model._forward_pre_hooks
 
 
+@pytest.mark.parametrize(("method", "arguments"), [("yarn", {"factor": 4}), ("rerope", {})])
+def test_patching_again_helps_where_a_rotary_module_was_replaced(method, arguments):
+    """As the error of the next call advises."""
+    model, wanted = make_model("llama"), logits(rope_scaling.patch(make_model("llama"), method, **arguments))
+    plain = logits(model)
+    rope_scaling.patch(model, method, **arguments)
+    model.model.rotary_emb = type(rotary(make_model("llama")))(model.config)
+    with pytest.raises(RopeScalingError, match="Patch the model again"):
+        logits(model)
+    assert torch.equal(logits(rope_scaling.patch(model, method, **arguments)), wanted)
+    assert torch.equal(logits(rope_scaling.unpatch(model)), plain) and not hasattr(model.config, RECORD_KEY)
+    assert not model.model._forward_pre_hooks
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
