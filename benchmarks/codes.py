@@ -31,7 +31,7 @@ from rope_scaling import (
     SelfExtend,
     Yarn,
 )
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.texts import read_texts
 

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 import rope_scaling
 from rope_scaling import AngleClip, DualChunk, DynamicYarn, LmInfinite, ReRope, SelfExtend
 from rope_scaling.hf.cache import rotated_copies
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.hf.loading import load_model
-from rope_scaling.hf.pretrained import method_text
+from rope_scaling.methods import method_text
 
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"

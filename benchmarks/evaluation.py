@@ -36,7 +36,7 @@ from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.eval.tasks import Source
 from rope_scaling.eval.tasks.niah import NiahMultikey
 from rope_scaling.eval.tasks.niah_nested import NiahNested
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.hf.loading import load_model, load_tokenizer
 from rope_scaling.texts import read_texts
 

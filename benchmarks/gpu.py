@@ -47,7 +47,7 @@ from rope_scaling.attention.plan import Plan
 from rope_scaling.attention.rotation import RotaryLayout
 from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.whole_spans import whole_span_attention
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.hf.loading import load_model
 from rope_scaling.spans import Rope
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
+from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.loading import DEMO
 from rope_scaling.hf.patch import patched
-from rope_scaling.hf.pretrained import RECORD_KEY
 from rope_scaling.hf.record import check_record, method_from_record
 from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.methods import (

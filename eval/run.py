@@ -25,9 +25,9 @@ from rope_scaling.eval.scoring.saved_scores import SavedScores
 from rope_scaling.eval.store import Store, run_settings
 from rope_scaling.eval.suites import check_tasks
 from rope_scaling.eval.tasks import Scores, Work
+from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.describe import read_description
-from rope_scaling.hf.patch import applied_patch
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.model_patch import applied_patch
 from rope_scaling.hf.rotary import rotary_slots
 
 

@@ -9,8 +9,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.pretrained import windows_of
-from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.configs import rope_parameters_of, windows_of
 from rope_scaling.recipes.config import Recipe
 
 

@@ -26,7 +26,7 @@ from rope_scaling.eval.scoring.nll import nll_curve
 from rope_scaling.geometry import RopeGeometry
 from rope_scaling.hf.describe import read_description
 from rope_scaling.hf.loading import load_model, load_tokenizer
-from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import rotary_slots
 
 

@@ -52,12 +52,12 @@ from rope_scaling.temperatures import Constant, Llama4, LogN, Temperature
 
 
 if TYPE_CHECKING:
+    from rope_scaling.doctor import diagnose
+    from rope_scaling.exporters.checkpoints import config_overrides, export
     from rope_scaling.hf.adapters import load_adapter, record_adapter
     from rope_scaling.hf.chunked_loss import remove_chunked_loss, use_chunked_loss
-    from rope_scaling.hf.describe import describe
-    from rope_scaling.hf.doctor import diagnose
-    from rope_scaling.hf.export import config_overrides, export
-    from rope_scaling.hf.loading import from_pretrained
+    from rope_scaling.hf.describe import describe, read_description
+    from rope_scaling.hf.loading import from_pretrained, load_model, load_tokenizer
     from rope_scaling.hf.patch import patch, patched, unpatch
     from rope_scaling.hf.s2 import remove_s2_attention, use_s2_attention
 
@@ -68,14 +68,17 @@ from rope_scaling.version import __version__ as __version__
 # What needs Transformers is found when it is first used, so that importing the library costs no more than importing
 # torch.
 _LAZY = {
-    "config_overrides": "rope_scaling.hf.export",
+    "config_overrides": "rope_scaling.exporters.checkpoints",
     "describe": "rope_scaling.hf.describe",
-    "diagnose": "rope_scaling.hf.doctor",
-    "export": "rope_scaling.hf.export",
+    "diagnose": "rope_scaling.doctor",
+    "export": "rope_scaling.exporters.checkpoints",
     "from_pretrained": "rope_scaling.hf.loading",
     "load_adapter": "rope_scaling.hf.adapters",
+    "load_model": "rope_scaling.hf.loading",
+    "load_tokenizer": "rope_scaling.hf.loading",
     "patch": "rope_scaling.hf.patch",
     "patched": "rope_scaling.hf.patch",
+    "read_description": "rope_scaling.hf.describe",
     "record_adapter": "rope_scaling.hf.adapters",
     "remove_chunked_loss": "rope_scaling.hf.chunked_loss",
     "remove_s2_attention": "rope_scaling.hf.s2",
@@ -134,9 +137,12 @@ __all__ = [
     "export",
     "from_pretrained",
     "load_adapter",
+    "load_model",
+    "load_tokenizer",
     "make_method",
     "patch",
     "patched",
+    "read_description",
     "record_adapter",
     "relative_positions",
     "remove_chunked_loss",

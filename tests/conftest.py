@@ -84,6 +84,21 @@ def rotary(model):
     return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
 
 
+def state(model):
+    """Everything a patch may touch, to compare before and after."""
+    return (
+        {name: buffer.clone() for name, buffer in model.named_buffers()},
+        model.config.to_json_string(use_diff=False),
+        [id(cls) for cls in type(rotary(model)).__mro__],
+        "_rope_scaling" in vars(rotary(model)),
+        {key: value for key, value in vars(rotary(model)).items() if not key.startswith("_")},
+    )
+
+
+def same_state(one, other):
+    return all(torch.equal(one[0][name], other[0][name]) for name in one[0]) and str(one[1:]) == str(other[1:])
+
+
 def strong(family, **more):
     """A random model whose attention matters: the usual tiny weights make it an average over all keys."""
     changes = {"gemma3": {"sliding_window": 48}, "mistral": {"sliding_window": 120}}

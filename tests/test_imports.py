@@ -49,6 +49,8 @@ ALLOWED = {
             "training",
         ),
     },
+    "exporters": {"errors", "frequencies", "geometry", "hf", "methods"},
+    "doctor": {"errors", "exporters", "hf"},
     "demo": {"errors", "hf"},
     "recipes": {
         *("__init__", "errors", "demo", "eval", "frequencies", "geometry", "hf", "lengths", "methods", "strict"),
@@ -59,12 +61,13 @@ ALLOWED = {
         *("strict", "temperatures", "version"),
     },
     "cli": {
-        *("errors", "eval", "frequencies", "geometry", "hf", "lengths", "methods", "recipes", "relative", "texts"),
-        "version",
+        *("doctor", "errors", "eval", "exporters", "frequencies", "geometry", "hf", "lengths", "methods", "recipes"),
+        *("relative", "texts", "version"),
     },
     "__main__": {"cli"},
     "__init__": {
-        *("errors", "frequencies", "geometry", "hf", "methods", "relative", "spans", "temperatures", "version"),
+        *("doctor", "errors", "exporters", "frequencies", "geometry", "hf", "methods", "relative", "spans"),
+        *("temperatures", "version"),
     },
 }
 HEAVY = {
@@ -83,7 +86,7 @@ LIGHT_ROOMS = {
     *("errors", "version", "geometry", "frequencies", "spans", "temperatures", "methods", "relative", "attention"),
     *("lengths", "notation", "registry", "__init__"),
 }
-HOST_ROOMS = {"hf", "recipes", "eval", "cli"}
+HOST_ROOMS = {"hf", "doctor", "exporters", "recipes", "eval", "cli"}
 
 
 def sources():

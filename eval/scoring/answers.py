@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rope_scaling.eval.hashes import hash_of
-from rope_scaling.hf.host import cache_argument
+from rope_scaling.hf.compat import cache_argument
 
 
 _CACHED_TOKENS = 1 << 16

@@ -16,7 +16,8 @@ from accelerate.utils import align_module_device, has_offloaded_params
 
 from rope_scaling.eval.hashes import digest, hash_of
 from rope_scaling.hf.layer_spans import Kind, SpanProgram
-from rope_scaling.hf.patch import applied_patch, patch_record
+from rope_scaling.hf.model_patch import applied_patch
+from rope_scaling.hf.patch import patch_record
 from rope_scaling.hf.rotary import rotary_slots
 
 

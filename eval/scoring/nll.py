@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.host import cache_argument
+from rope_scaling.hf.compat import cache_argument
+from rope_scaling.hf.configs import rope_parameters_of
 from rope_scaling.hf.rotary import rotary_slots
-from rope_scaling.hf.tables import rope_parameters_of
 
 
 _ROWS_IN_CACHE = 64

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import sys
 
+from rope_scaling.doctor import Diagnosis, diagnose
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.doctor import Diagnosis, diagnose
 from rope_scaling.lengths import in_tokens
 
 

@@ -93,7 +93,7 @@ def evaluate_tasks(options: RunOptions, texts: TextOptions, methods: list[Method
     from rope_scaling.eval.methods import check_extent
     from rope_scaling.eval.run import process_state, settings_sha256
     from rope_scaling.hf.loading import check_language_model, load_tokenizer
-    from rope_scaling.hf.tables import lengthen_tables
+    from rope_scaling.hf.sinusoidal_tables import lengthen_tables
 
     logging.disable_progress_bar()
     main_process = process_state().is_main_process
@@ -175,7 +175,7 @@ def _config(model: Any, options: RunOptions, data: str, original_length: int | N
     from rope_scaling.eval.config import EvaluationConfig, check_lengths
     from rope_scaling.eval.documents import parse_lengths
     from rope_scaling.eval.scoring.identity import weights_sha256
-    from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+    from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
     from rope_scaling.hf.rotary import rotary_slots
 
     trained = max(

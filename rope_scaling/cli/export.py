@@ -28,7 +28,8 @@ def run(
     Raises:
         RopeScalingError: anything that the user can fix.
     """
-    from rope_scaling.hf.export import TARGETS, config_overrides, export
+    from rope_scaling.exporters.checkpoints import config_overrides, export
+    from rope_scaling.exporters.targets import TARGETS
     from rope_scaling.hf.loading import load_model, load_skeleton, load_tokenizer
 
     if adapter is not None and (out is None or method is not None):
@@ -52,7 +53,7 @@ def run(
         print(json.dumps(config_overrides(model, target)))
         return
     if gguf is not None:
-        from rope_scaling.hf.gguf_file import rewrite_gguf
+        from rope_scaling.exporters.gguf import rewrite_gguf
 
         file = rewrite_gguf(model, gguf, out)
         print(f"{file}: llama-server -m {file} -c {model.config.max_position_embeddings}")

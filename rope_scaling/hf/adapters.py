@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError, cause_of
-from rope_scaling.hf.loud import is_loud
+from rope_scaling.hf.checkpoint import read_checkpoint
+from rope_scaling.hf.configs import RECORD_KEY, text_config
+from rope_scaling.hf.model_patch import applied_patch
 from rope_scaling.hf.overlay import Overlay, lay_over
-from rope_scaling.hf.patch import applied_patch, patch, patch_as_recorded, patch_record
-from rope_scaling.hf.pretrained import RECORD_KEY, text_config
+from rope_scaling.hf.patch import patch, patch_as_recorded, patch_record
 from rope_scaling.hf.record import check_record, method_from_record
-from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.hf.save_guard import is_guarded
 from rope_scaling.methods import method_text
 
 
@@ -103,13 +104,14 @@ def load_adapter(
         raise RopeScalingError(
             f"The adapter {str(name)!r} records no patch. If it was trained without one, load it with "
             "`PeftModel.from_pretrained`. If it was trained under one, patch its base model the same way first: "
-            "nothing else tells how it was."
+            "the adapter does not record how."
         )
     if model is None:
         model = _load_base(config, arguments)
     elif arguments:
         raise RopeScalingError(f"{', '.join(arguments)} given beside a loaded model. They are for loading one.")
-    own = patch_record(model)
+    checkpoint = read_checkpoint(model)
+    own = checkpoint.record
     if own is None:
         patch_as_recorded(model, record)
     elif own != json.loads(json.dumps(check_record(record))):
@@ -117,7 +119,7 @@ def load_adapter(
             f"The adapter {str(name)!r} was trained under {_text(record)}, and the base model carries "
             f"{_text(own)}. `unpatch` it first; the adapter brings its own."
         )
-    elif applied_patch(rotary_slots(model)) is None:
+    elif applied_patch(checkpoint.slots) is None:
         patch(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{HINT_KEY}.*", category=UserWarning)
@@ -138,14 +140,15 @@ def load_adapter(
 def _load_base(config: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig
 
-    from rope_scaling.hf.loading import class_of, from_pretrained
+    from rope_scaling.hf.loading import from_pretrained
+    from rope_scaling.hf.skeleton import class_of
 
     base = config.get("base_model_name_or_path")
     if not base:
         raise RopeScalingError("The adapter names no base model. Give it loaded: `load_adapter(name, model)`.")
     try:
         model_config = AutoConfig.from_pretrained(base)
-        if is_loud(text_config(model_config)):
+        if is_guarded(text_config(model_config)):
             return from_pretrained(base, **arguments)
         return class_of(base, model_config).from_pretrained(base, **arguments).eval()
     except RopeScalingError:

@@ -27,10 +27,10 @@ from rope_scaling.attention.sequences import Document, KeyStore, read_documents,
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.attention.whole_spans import whole_span_attention
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.both_ways import WindowProgram, both_ways
+from rope_scaling.hf.bidirectional import WindowProgram, both_ways
 from rope_scaling.hf.cache import can_retain, key_store, retain, rotated_keys_of
+from rope_scaling.hf.compat import cache_argument, is_exporting, take_cache
 from rope_scaling.hf.compiled import TracedCall, no_positions_in_a_cache, trace, traceable
-from rope_scaling.hf.host import cache_argument, is_exporting, take_cache
 from rope_scaling.hf.layer_spans import SpanProgram
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.training.loss import chunked_cross_entropy
 
 

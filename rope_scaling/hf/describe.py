@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.patch import Applied, Patch, applied_patch
-from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, method_text, pretrained_settings, read_pretrained
-from rope_scaling.hf.rotary import Slot, rotary_slots
-from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.checkpoint import Checkpoint, read_checkpoint
+from rope_scaling.hf.configs import RECORD_KEY, rope_parameters_of
+from rope_scaling.hf.model_patch import Patch, SlotPatch, applied_patch
+from rope_scaling.hf.slot import Slot
+from rope_scaling.methods import method_text
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class SlotDescription:
     module: str
     layer_type: str | None
     method: str
-    """The method in effect with its fields, or how the checkpoint arrived."""
+    """The method in effect with its fields, or the scaling that the checkpoint was loaded with."""
     original_length: int
     """Trained length, in tokens."""
     reach: int
-    """Length that the checkpoint reads as it arrives, in tokens."""
+    """Context length of the checkpoint as loaded, in tokens."""
     target_length: int
     """Length that it is meant to read now, in tokens."""
     attention_factor: float
     arithmetic: str
-    """How the frequencies were arrived at."""
+    """How the frequencies were computed."""
     reload: str
     """How plain Transformers gets the same frequencies from a saved folder."""
     inv_freq: torch.Tensor
@@ -40,7 +41,7 @@ class SlotDescription:
     """`[R / 2]`, float32."""
 
     def pair_table(self) -> str:
-        """One line a pair: wavelength as trained and now in tokens, slow-down, turns in trained and target length."""
+        """One line per pair: wavelength as trained and now in tokens, slow-down, turns in trained and new length."""
         lines = ["  pair   wavelength      now     slow-down   turns in trained / target length"]
         for index, (old, new) in enumerate(
             zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)
@@ -103,59 +104,67 @@ def describe(model: nn.Module, pairs: bool = False) -> Description:
 
 
 def read_description(model: nn.Module) -> Description:
-    """As `describe`, without printing."""
-    slots = rotary_slots(model)
-    applied = applied_patch(slots)
-    if applied is None:
-        found = [_describe_unpatched(slot) for slot in slots]
-        return Description(type(model).__name__, tuple(found), ())
-    changes = {slot: applied.patches.get((slot.path, slot.layer_type)) for slot in slots}
-    described = tuple(_describe_patched(slot, change, applied) for slot, change in changes.items() if change)
+    """Which scaling is in effect on a model, read back from its modules, as `describe` prints it.
+
+    Args:
+        model (`nn.Module`): A loaded Transformers model, patched or not, bare or wrapped.
+
+    Raises:
+        RopeScalingError: the model has no RoPE, or its config no length.
+    """
+    checkpoint = read_checkpoint(model)
+    return description_of(checkpoint, applied_patch(checkpoint.slots))
+
+
+def description_of(checkpoint: Checkpoint, patch: Patch | None) -> Description:
+    """As `read_description`, of a model that was read before, under the patch that is in effect on it."""
+    name = type(checkpoint.model).__name__
+    if patch is None:
+        return Description(name, tuple(_describe_unpatched(checkpoint, slot) for slot in checkpoint.slots), ())
+    changes = {slot: patch.slots.get(slot.key) for slot in checkpoint.slots}
+    described = tuple(_describe_patched(slot, change, patch) for slot, change in changes.items() if change)
     untouched = tuple(sorted({slot.layer_type for slot, change in changes.items() if not change and slot.layer_type}))
-    return Description(type(model).__name__, described, untouched)
+    return Description(name, described, untouched)
 
 
-def _describe_patched(slot: Slot, change: Patch, applied: Applied) -> SlotDescription:
-    pretrained = change.pretrained
-    rope_type = change.extension.rope_parameters["rope_type"]
-    program = applied.programs.get(slot.decoder)
+def _describe_patched(slot: Slot, change: SlotPatch, patch: Patch) -> SlotDescription:
+    pretrained, program = change.pretrained, patch.programs.get(slot.decoder)
     reach = ""
     if program is not None and program.methods:
         reach = "; any length" if program.reach is None else f"; reaches {program.reach} tokens"
-    reload = f"plain Transformers reloads it, as rope_type {rope_type!r}"
+    reload = f"plain Transformers reloads it, as rope_type {change.rope_parameters['rope_type']!r}"
     if program is not None or not slot.in_config:
         reload = "plain Transformers refuses it; rope_scaling.from_pretrained loads it"
     return SlotDescription(
         module=slot.path,
         layer_type=slot.layer_type,
-        method=" + ".join(method_text(method) for method in applied.methods),
+        method=" + ".join(method_text(method) for method in patch.methods),
         original_length=pretrained.geometry.original_max_position_embeddings,
         reach=pretrained.reach,
         target_length=change.target_length,
         attention_factor=slot.attention_factor,
-        arithmetic=change.extension.arithmetic + reach,
+        arithmetic=(change.rescaling.arithmetic if change.rescaling else "as the model arrived") + reach,
         reload=reload,
         inv_freq=slot.inv_freq,
         pretrained_inv_freq=pretrained.inv_freq,
     )
 
 
-def _describe_unpatched(slot: Slot) -> SlotDescription:
-    config = slot.config
-    saved_patched = getattr(config, RECORD_KEY, None) is not None
-    pretrained: Pretrained = read_pretrained(slot, pretrained_settings(config))
-    arrived = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
-    if saved_patched:
-        names = " + ".join(record["name"] for record in config.rope_scaling_patch["methods"])
-        arrived = f"saved with {names}; `patch(model)` makes it live"
+def _describe_unpatched(checkpoint: Checkpoint, slot: Slot) -> SlotDescription:
+    config, pretrained = slot.config, checkpoint.rope(slot)
+    record = getattr(config, RECORD_KEY, None)
+    loaded = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
+    if record is not None:
+        names = " + ".join(method["name"] for method in record["methods"])
+        loaded = f"saved with {names}; `patch(model)` makes it live"
     current = slot.part_of(rope_parameters_of(config))
     return SlotDescription(
         module=slot.path,
         layer_type=slot.layer_type,
-        method=arrived,
+        method=loaded,
         original_length=pretrained.geometry.original_max_position_embeddings,
         reach=pretrained.reach,
-        target_length=config.max_position_embeddings if saved_patched else pretrained.reach,
+        target_length=pretrained.reach if record is None else config.max_position_embeddings,
         attention_factor=slot.attention_factor,
         arithmetic="both sets by length of the call"
         if pretrained.length_dependent

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.pretrained import text_config
+from rope_scaling.hf.configs import text_config
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

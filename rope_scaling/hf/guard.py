@@ -22,10 +22,10 @@ from torch import nn
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NOTED, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
-from rope_scaling.hf.host import caches_of
+from rope_scaling.hf.compat import attention_implementation, caches_of
+from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.layer_spans import SpanProgram
-from rope_scaling.hf.pretrained import RECORD_KEY
-from rope_scaling.hf.rotary import Slot, is_pinned
+from rope_scaling.hf.slot import Slot, is_pinned
 
 
 _MARK = "rope_scaling_frequencies"
@@ -51,16 +51,18 @@ class Guard:
     def __init__(self, model: Any, path: str, slots: list[Slot], patches: list[Any], program: Any, method: str):
         self.method, self.program = method, program
         decoder = model.get_submodule(path)
-        self.attention = decoder.config._attn_implementation if program is not None else None
+        self.attention = attention_implementation(decoder.config) if program is not None else None
         self.frequencies = _digest(slots)
-        self.changed = any(_differs(one) for one in patches)
+        self.changed = any(change.rescaling is not None for change in patches)
         self._slots = list(zip(slots, patches, strict=True))
         self._parents = [_parent(model, slot.path) for slot in slots]
         self._in_use: list[tuple[Any, ...]] = [slot.in_use() for slot in slots]
-        self._attending = [one for one in decoder.modules() if hasattr(one, "layer_idx") and "config" in vars(one)]
-        saving = (one for one in model.modules() if hasattr(one, "save_pretrained"))
-        self._holders = [one for one in saving if _records(vars(one).get("config"))]
-        self._stated: list[tuple[Any, ...]] = [_stated(one) for one in self._holders]
+        self._attending = [
+            module for module in decoder.modules() if hasattr(module, "layer_idx") and "config" in vars(module)
+        ]
+        saving = (module for module in model.modules() if hasattr(module, "save_pretrained"))
+        self._holders = [module for module in saving if _records(vars(module).get("config"))]
+        self._stated: list[tuple[Any, ...]] = [_stated(module) for module in self._holders]
         self._values = [copy.deepcopy(stated[1:]) for stated in self._stated]
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -77,8 +79,10 @@ class Guard:
             RopeScalingError: something that the patch relies on was changed, or the cache is of other frequencies.
         """
         if torch.compiler.is_compiling():
-            if self.attention is not None and decoder.config._attn_implementation != self.attention:
-                raise RopeScalingError(f"{self._turned_off(decoder, decoder.config._attn_implementation)} {_AGAIN}")
+            if self.attention is not None and attention_implementation(decoder.config) != self.attention:
+                raise RopeScalingError(
+                    f"{self._turned_off(decoder, attention_implementation(decoder.config))} {_AGAIN}"
+                )
             return
         if NOTED.get() is not None:
             return  # the model is being looked at, with attention that stands in for its own
@@ -108,7 +112,7 @@ class Guard:
         """Everything that is no longer as the patch left it; `deep` compares values where identities are the same."""
         if self.program is not None:
             configs = {id(config := vars(module)["config"]): config for module in (decoder, *self._attending)}
-            names = [config._attn_implementation for config in configs.values()]
+            names = [attention_implementation(config) for config in configs.values()]
             if others := [name for name in names if name != self.attention]:
                 yield self._turned_off(decoder, others[0])
             elif installed(decoder) is not self.program:
@@ -119,7 +123,7 @@ class Guard:
             elif not is_pinned(slot.module):
                 yield f"The class of the rotary module `{slot.path}` was changed back, so {self.method} may get lost."
             elif not _same(in_use := slot.in_use(), self._in_use[at]) and not slot.inv_freq.is_meta:
-                if not slot.holds(change.extension.inv_freq, change.extension.attention_factor):
+                if not slot.holds(change.inv_freq, change.attention_factor):
                     yield (
                         f"The frequencies in `{slot.path}` were overwritten after the patch, so {self.method} is not "
                         "in effect."
@@ -138,7 +142,7 @@ class Guard:
                 continue
             self._stated[index] = stated
 
-    def _turned_off(self, decoder: Any, name: str) -> str:
+    def _turned_off(self, decoder: Any, name: str | None) -> str:
         return (
             f"The attention implementation of {type(decoder).__name__} was set to {name!r} after the patch, which "
             f"turns {self.method} off."
@@ -173,14 +177,14 @@ class Guard:
                 layer.update = partial(_refuse, self.method)
 
 
-def guard(decoder: Any, one: Guard) -> None:
+def guard(decoder: Any, watch: Guard) -> None:
     """Puts a guard on a decoder, before its other hooks."""
-    decoder.register_forward_pre_hook(_Before(one), prepend=True, with_kwargs=True)
+    decoder.register_forward_pre_hook(_Before(watch), prepend=True, with_kwargs=True)
     # Dynamo of torch 2.11 reads an OrderedDict in the order of insertion, which `prepend` leaves as it was.
     hooks = list(decoder._forward_pre_hooks.items())
     decoder._forward_pre_hooks.clear()
     decoder._forward_pre_hooks.update(hooks)
-    decoder.register_forward_hook(_After(one), with_kwargs=True)
+    decoder.register_forward_hook(_After(watch), with_kwargs=True)
 
 
 def guard_of(decoder: Any) -> Guard | None:
@@ -190,8 +194,8 @@ def guard_of(decoder: Any) -> Guard | None:
 
 def unguard(decoder: Any) -> None:
     """Takes the guard off."""
-    if (one := guard_of(decoder)) is not None:
-        one.leave()
+    if (watch := guard_of(decoder)) is not None:
+        watch.leave()
     for hooks in (decoder._forward_pre_hooks, decoder._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _Before | _After):
@@ -201,8 +205,8 @@ def unguard(decoder: Any) -> None:
 
 
 class _Before:
-    def __init__(self, one: Guard):
-        self.guard = one
+    def __init__(self, watch: Guard):
+        self.guard = watch
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.guard.before(decoder, args, kwargs)
@@ -232,12 +236,6 @@ def _stated(holder: Any) -> tuple[Any, ...]:
 
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     return all(a is b or (isinstance(a, int | float | str) and a == b) for a, b in zip(one, other, strict=True))
-
-
-def _differs(change: Any) -> bool:
-    return not torch.equal(change.extension.inv_freq, change.pretrained.inv_freq) or (
-        change.extension.attention_factor != change.pretrained.attention_factor
-    )
 
 
 def _digest(slots: list[Slot]) -> str:

@@ -6,10 +6,7 @@ names, so that images, encoders and other heads come with it. What was saved pat
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
@@ -19,25 +16,18 @@ from typing import Any
 import torch
 
 from rope_scaling.errors import RopeScalingError, cause_of, first_line
+from rope_scaling.hf.compat import optional_file
+from rope_scaling.hf.configs import RECORD_KEY, keep_older_keys, text_config
 from rope_scaling.hf.dtype import compute_dtype, stored_dtype
-from rope_scaling.hf.loud import is_loud, unwarned
-from rope_scaling.hf.older_keys import EXPORT_KEY, V4, keep_older_keys
 from rope_scaling.hf.patch import patch, patch_as_recorded
-from rope_scaling.hf.pretrained import RECORD_KEY, text_config
-from rope_scaling.hf.record import check_record
-from rope_scaling.hf.rope_types import check_types
-from rope_scaling.hf.skeleton import without_weights
-from rope_scaling.hf.tables import lengthen_tables, rope_parameters_of
+from rope_scaling.hf.save_guard import unwarned
+from rope_scaling.hf.sinusoidal_tables import lengthen_tables
+from rope_scaling.hf.skeleton import build_skeleton, buildable, class_of, unknown_types_named
+from rope_scaling.hf.transformers_v4 import EXPORT_KEY, V4
 
 
 DEMO = "demo"
 """The name of the embedded model."""
-
-_AUTO_CLASSES = (
-    *("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
-    *("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"),
-)
-"""Where to look, in this order, for the class of a model whose config names none."""
 
 _HUB_ARGUMENTS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -80,6 +70,9 @@ def load_model(
             `lengthen_tables`).
         **arguments: Further ones, as `PreTrainedModel.from_pretrained` takes them.
 
+    Returns:
+        `nn.Module`: the model.
+
     Raises:
         RopeScalingError: there is no such model, it could not be fetched, or dtype or device are not known.
     """
@@ -89,13 +82,13 @@ def load_model(
             raise RopeScalingError(f"{name!r} is an adapter, which takes no {', '.join(arguments)}. Merge it first.")
         base = load_model(_base_of(name, adapter), dtype, device, config, length)
         return _merged(name, base)
-    config = _buildable(config or load_config(name, **_of_hub(arguments)))
+    config = buildable(config or load_config(name, **_of_hub(arguments)))
     if dtype == "auto" and getattr(config, "quantization_config", None):
         dtype = "stored"  # what quantized weights are computed in, their own code decides
     cls, stored = class_of(name, config), stored_dtype(config)
 
     def load(source: str, **given: Any) -> Any:
-        with _unknown_types_named(config):
+        with unknown_types_named(config):
             return cls.from_pretrained(source, **given).to(place).eval()
 
     wanted = compute_dtype(dtype, stored, place)
@@ -126,7 +119,7 @@ def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any)
     name = str(name)
     if _adapter_config(name) is not None:
         raise RopeScalingError(f"{name!r} is an adapter. Load it with `rope_scaling.load_adapter`.")
-    config = _buildable(arguments.pop("config", None) or load_config(name, **_of_hub(arguments)))
+    config = buildable(arguments.pop("config", None) or load_config(name, **_of_hub(arguments)))
     text = text_config(config)
     if getattr(text, RECORD_KEY, None) is None and getattr(text, EXPORT_KEY, None) != V4:
         raise RopeScalingError(
@@ -180,18 +173,6 @@ def load_skeleton(name: str, config: Any = None) -> torch.nn.Module:
         ) from error
 
 
-def build_skeleton(name: str, config: Any) -> torch.nn.Module:
-    """The model that a config describes, without weights, and unpatched even if the config records a patch.
-
-    Raises:
-        RopeScalingError: Transformers has no class for it, or does not compute its type of scaling.
-        Exception: whatever the class raises for a config that it cannot take.
-    """
-    config = _buildable(config)
-    with without_weights(), _unknown_types_named(config):
-        return class_of(name, config)._from_config(config)
-
-
 def check_language_model(name: str, config: Any = None) -> None:
     """Refuses a model that does not predict the next token from those before it, such as an encoder.
 
@@ -210,7 +191,18 @@ def check_language_model(name: str, config: Any = None) -> None:
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:
-    """The tokenizer of a model, with the same names as `load_model`."""
+    """The tokenizer of a model; of an adapter's base model, if the adapter has none.
+
+    Args:
+        name (`str`): `demo`, a folder of a model or an adapter, or a hub id.
+        **arguments: Further ones, as `AutoTokenizer.from_pretrained` takes them.
+
+    Returns:
+        `PreTrainedTokenizerBase`: the tokenizer.
+
+    Raises:
+        RopeScalingError: there is none, or it could not be fetched.
+    """
     from transformers import AutoTokenizer
 
     return _fetch(AutoTokenizer.from_pretrained, tokenizer_source(name), **arguments)
@@ -218,10 +210,8 @@ def load_tokenizer(name: str, **arguments: Any) -> Any:
 
 def tokenizer_source(name: str) -> str:
     """Where Transformers finds the tokenizer of a model: of an adapter's base model, if the adapter has none."""
-    from transformers.utils import cached_file
-
     adapter = _adapter_config(name)
-    if adapter is None or cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
+    if adapter is None or optional_file(name, "tokenizer_config.json"):
         return model_source(name)
     return tokenizer_source(_base_of(name, adapter))
 
@@ -239,46 +229,6 @@ def load_config(name: str, **arguments: Any) -> Any:
 def _of_hub(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those that say where files come from, for the config as for the weights."""
     return {key: value for key, value in arguments.items() if key in _HUB_ARGUMENTS}
-
-
-def class_of(name: str, config: Any) -> Any:
-    """The class that a config names, or else the first that the auto classes have for it."""
-    import transformers
-
-    for architecture in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, architecture, None)
-        if cls is not None and type(config) is getattr(cls, "config_class", None):
-            return cls
-    for mapping in (getattr(transformers, auto)._model_mapping for auto in _AUTO_CLASSES):
-        known = mapping.get(type(config), ())
-        for cls in known if isinstance(known, (list, tuple)) else [known]:
-            if type(config) is (cls.config_class or type(config)):
-                return cls
-    raise RopeScalingError(
-        f"Transformers {transformers.__version__} has no model for the config of {name!r} (`model_type` "
-        f"{getattr(config, 'model_type', None)!r}). Load the model with its own code and give it to "
-        "`rope_scaling.patch`."
-    )
-
-
-def _buildable(config: Any) -> Any:
-    """A config that a model can be built from: without what makes plain Transformers refuse it, if there is any."""
-    text = text_config(config)
-    record = getattr(text, RECORD_KEY, None)
-    if record is not None and is_loud(text):
-        for key, value in check_record(record)["pretrained"].items():
-            setattr(text, key, copy.deepcopy(value))
-    return config
-
-
-@contextmanager
-def _unknown_types_named(config: Any) -> Iterator[None]:
-    """Names the type of scaling if building a model fails because Transformers does not compute it."""
-    try:
-        yield
-    except (KeyError, TypeError):
-        check_types(rope_parameters_of(text_config(config)))
-        raise
 
 
 def _as_saved(model: Any, length: int | None = None) -> torch.nn.Module:

@@ -69,7 +69,7 @@ def _patch_first(handle: list[Any], record: dict[str, Any], trainer: str, model:
     from rope_scaling.hf.patch import patch_as_recorded
 
     handle.pop().remove()
-    names = " + ".join(one["name"] for one in record["methods"])
+    names = " + ".join(method["name"] for method in record["methods"])
     warnings.warn(
         f"{trainer} loaded its reference model by name, without the patch of the model it trains. It gets the same "
         f"patch now ({names}). To choose it yourself, pass `ref_model`.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError, is_number
+from rope_scaling.hf.compat import rope_functions
 
 
 _REMEDIES = {
@@ -20,9 +21,7 @@ _REMEDIES = {
 
 def known_types() -> frozenset[str]:
     """The types that Transformers computes, those that a user registered among them."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    return frozenset({"default", "axial", *ROPE_INIT_FUNCTIONS})
+    return frozenset({"default", "axial", *rope_functions()})
 
 
 def type_of(parameters: dict[str, Any]) -> Any:

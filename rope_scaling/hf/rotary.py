@@ -1,131 +1,12 @@
-"""The rotary modules of a loaded model, and the only way in which this library changes one.
-
-A patched module stays the same object with the same name of class. Its class becomes a subclass that keeps the patched
-frequencies in float32 through `.to()`, `.half()` and `to_empty()`, and that hands them out where Transformers
-initialises rotary modules anew.
-"""
+"""The rotary modules of a loaded model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.overlay import Overlay, lay_over, take_off
-from rope_scaling.hf.rope_types import with_static_base
-
-
-_STATE = "_rope_scaling"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One set of frequencies: a rotary module, or one layer type of a module that serves several."""
-
-    path: str
-    """Name of the module within the model."""
-    module: Any
-    """The rotary module."""
-    layer_type: str | None
-    decoder: str = ""
-    """Name of the decoder whose layers it turns: the nearest model around the module."""
-
-    @property
-    def config(self) -> Any:
-        """The config that the module was built from."""
-        return self.module.config
-
-    @property
-    def in_config(self) -> bool:
-        """Whether Transformers, when it builds the module anew, takes its frequencies from what a checkpoint holds."""
-        return True
-
-    def part_of(self, values: Any) -> Any:
-        """This slot's part of something kept by layer type, such as `config.rope_parameters`."""
-        return values[self.layer_type] if self.layer_type else values
-
-    def with_part(self, values: Any, part: Any) -> Any:
-        """The same thing with this slot's part replaced."""
-        return {**values, self.layer_type: part} if self.layer_type else part
-
-    @property
-    def buffer_names(self) -> tuple[str, str]:
-        """Names of the buffers that hold the frequencies in use and their pretrained copy."""
-        prefix = f"{self.layer_type}_" if self.layer_type else ""
-        return f"{prefix}inv_freq", f"{prefix}original_inv_freq"
-
-    @property
-    def inv_freq(self) -> torch.Tensor:
-        """The frequencies in use, `[R / 2]`, as the module holds them."""
-        return getattr(self.module, self.buffer_names[0])
-
-    @property
-    def attention_factor(self) -> float:
-        """The multiplier of cos and sin in use."""
-        return float(getattr(self.module, self._attention_name))
-
-    @property
-    def rope_type(self) -> str:
-        """Transformers' type in use; `default` in a patched module, which has its frequencies from us."""
-        return self.part_of(self.module.rope_type)
-
-    @property
-    def _attention_name(self) -> str:
-        return f"{self.layer_type}_attention_scaling" if self.layer_type else "attention_scaling"
-
-    def set(self, inv_freq: torch.Tensor, attention_factor: float, length: int) -> None:
-        """Puts frequencies for texts of `length` tokens into the module, remembering what it held before."""
-        state = _state(self.module)
-        for name in self.buffer_names:
-            if name not in self.module._buffers:
-                continue
-            state.saved_buffers.setdefault(name, self.module._buffers[name])
-            state.pinned[name] = inv_freq.detach().to("cpu", torch.float32)
-        remember(self.module, self._attention_name, "rope_type")
-        setattr(self.module, self._attention_name, attention_factor)
-        if callable(getattr(self.module, "rope_init_fn", None)):  # some compute their frequencies anew in every call
-            remember(self.module, "rope_init_fn")
-            self.module.rope_init_fn = self.module.compute_default_rope_parameters
-        self.module.rope_type = self.with_part(self.module.rope_type, "default")
-        _restore_pinned(self.module)
-
-    def holds(self, inv_freq: torch.Tensor, attention_factor: float) -> bool:
-        """Whether the module, read back, holds exactly these."""
-        found = self.inv_freq.cpu()
-        same = found.dtype == torch.float32 and torch.equal(found, inv_freq)
-        # Under any other type Transformers computes frequencies anew in a call.
-        return same and self.attention_factor == attention_factor and self.rope_type == "default"
-
-    def in_use(self) -> tuple[Any, ...]:
-        """What holds the frequencies, for telling by identity whether anything was put in its place since."""
-        buffers = [self.module._buffers.get(name) for name in self.buffer_names]
-        versions = [None if one is None or one.is_inference() else one._version for one in buffers]
-        return *buffers, *versions, getattr(self.module, self._attention_name, None), self.module.rope_type
-
-    def load(self, inv_freq: torch.Tensor, attention_factor: float, rope_parameters: dict[str, Any]) -> None:
-        """Gives an unpatched module frequencies as Transformers would when it builds it from `rope_parameters`."""
-        for name in self.buffer_names:
-            if name in self.module._buffers:
-                self.module._buffers[name] = inv_freq.to(self.inv_freq.device, copy=True)
-        setattr(self.module, self._attention_name, attention_factor)
-        own = with_static_base(self.part_of(rope_parameters), self.config)["rope_type"]
-        self.module.rope_type = self.with_part(self.module.rope_type, own)
-
-
-@dataclass
-class _State:
-    """What a patched module must know: its float32 frequencies on the CPU, and what to go back to."""
-
-    pinned: dict[str, torch.Tensor] = field(default_factory=dict)
-    saved_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    saved_attributes: dict[str, Any] = field(default_factory=dict)
-    record: Any = None
-    """What `patch` wants to remember of the whole patch."""
-    place: tuple[str, str] = ("", "")
-    """Names of the module and of its decoder in the model that was patched; wrappers that come later change them."""
+from rope_scaling.hf.sinusoidal_tables import table_slots
+from rope_scaling.hf.slot import Slot, decoder_around
 
 
 def rotary_slots(model: nn.Module) -> list[Slot]:
@@ -139,9 +20,7 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
             f"`model` must be a loaded model, such as `AutoModelForCausalLM.from_pretrained(...)` returns; "
             f"got {type(model).__name__}."
         )
-    from rope_scaling.hf.tables import table_slots
-
-    slots = table_slots(model)
+    slots: list[Slot] = [*table_slots(model)]
     for path, module in model.named_modules():
         # Other libraries put subclasses with names of their own in the place of a module's class.
         name = next((cls.__name__ for cls in type(module).__mro__ if "RotaryEmbedding" in cls.__name__), "")
@@ -152,100 +31,18 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
         raise RopeScalingError(
             f"{type(model).__name__} has no rotary position embedding that can be scaled: no module was touched. "
             "It takes a model whose rotary module Transformers builds from `config.rope_parameters`, such as Llama, "
-            f"Mistral, Qwen, Phi, Gemma or GPT-NeoX.{_own_code(model)}"
+            f"Mistral, Qwen, Phi, Gemma or GPT-NeoX.{_advice_on_custom_code(model)}"
         )
     return slots
 
 
-def _own_code(model: nn.Module) -> str:
+def _advice_on_custom_code(model: nn.Module) -> str:
     if not hasattr(model, "config") or type(model).__module__.startswith("transformers."):
         return ""
     return (
         " Its code is not Transformers' own. If Transformers has this architecture, load it without "
         "`trust_remote_code`; else build its frequencies as `LlamaRotaryEmbedding` does, under a class named so."
     )
-
-
-def decoder_around(model: nn.Module, path: str) -> str:
-    """The nearest model around a rotary module: in most families its parent, in some a layer's attention holds it."""
-    parent = path.rpartition(".")[0]
-    around = parent
-    while around and not hasattr(model.get_submodule(around), "set_attn_implementation"):
-        around = around.rpartition(".")[0]
-    return around if hasattr(model.get_submodule(around), "set_attn_implementation") else parent
-
-
-def patched_record(slot: Slot) -> Any:
-    """What `patch` remembered in this slot's module, or `None` if the module is not patched."""
-    state = slot.module.__dict__.get(_STATE)
-    return state.record if state else None
-
-
-def remember(module: Any, *names: str) -> None:
-    """Keeps attributes of a module as they are before the first change, for `restore`."""
-    saved = _state(module).saved_attributes
-    for name in names:
-        saved.setdefault(name, getattr(module, name))
-
-
-def set_record(slot: Slot, record: Any) -> None:
-    """Leaves `record` in a patched module, for `patched_record` to find."""
-    state = _state(slot.module)
-    state.record, state.place = record, (slot.path, slot.decoder)
-
-
-def patched_place(slot: Slot) -> tuple[str, str]:
-    """Names that a patched slot's module and decoder had in the model when it was patched."""
-    return slot.module.__dict__[_STATE].place
-
-
-def is_pinned(module: nn.Module) -> bool:
-    """Whether a module is a patched one."""
-    return isinstance(module, _Pinned) and _STATE in module.__dict__
-
-
-def restore(module: Any) -> None:
-    """Puts a module back to what it was before the first `Slot.set`: class, buffers, attributes."""
-    state = module.__dict__.pop(_STATE, None)
-    if state is None:
-        return
-    take_off(module, _Pinned)
-    for name, value in state.saved_buffers.items():
-        module._buffers[name] = value.to(module._buffers[name].device)
-    for name, value in state.saved_attributes.items():
-        moved = isinstance(value, nn.Parameter) and value.device != getattr(module, name).device
-        setattr(module, name, nn.Parameter(value.to(getattr(module, name).device), False) if moved else value)
-
-
-class _Pinned(Overlay):
-    """Keeps a rotary module's patched frequencies in float32 whatever is done to the model around it."""
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        _restore_pinned(self)  # type: ignore[arg-type]
-        return self
-
-    def compute_default_rope_parameters(self, config=None, device=None, seq_len=None, layer_type=None):  # type: ignore[no-untyped-def]
-        """The patched frequencies, in the place where Transformers looks for the default ones."""
-        name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
-        pinned = getattr(self, _STATE).pinned
-        if name not in pinned:
-            return super().compute_default_rope_parameters(config, layer_type=layer_type)  # type: ignore[misc]
-        factor = getattr(self, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling")
-        return pinned[name].to(device), factor
-
-
-def _state(module: nn.Module) -> _State:
-    if _STATE not in module.__dict__:
-        module.__dict__[_STATE] = _State()
-        lay_over(module, _Pinned)
-    return module.__dict__[_STATE]
-
-
-def _restore_pinned(module: nn.Module) -> None:
-    for name, value in getattr(module, _STATE).pinned.items():
-        device = module._buffers[name].device  # type: ignore[union-attr]
-        module._buffers[name] = value.to(device, copy=True)
 
 
 def _words(name: str) -> list[str]:

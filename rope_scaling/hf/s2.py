@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import NAME as SPAN_ATTENTION
+from rope_scaling.hf.compat import attention_implementation, sdpa_attention_forward, sdpa_mask
 from rope_scaling.hf.configs import own_configs
 from rope_scaling.hf.rotary import rotary_slots
 from rope_scaling.training.s2 import s2_attention
@@ -43,14 +42,14 @@ def use_s2_attention(model: nn.Module, group_size: int) -> nn.Module:
     probe = torch.zeros(1, 2, 2, 2)
     s2_attention(probe, probe, probe, group_size)
     decoder = _decoder(model)
-    if decoder.config._attn_implementation == SPAN_ATTENTION:
+    if attention_implementation(decoder.config) == SPAN_ATTENTION:
         raise RopeScalingError(
             "S2 attention cannot be combined with a span method or a temperature: both decide what attention "
             "computes. Patch with a frequency method for this training."
         )
     own_configs(model)
     if not has_s2_attention(decoder):
-        setattr(decoder, _STOCK, decoder.config._attn_implementation)
+        setattr(decoder, _STOCK, attention_implementation(decoder.config))
         decoder.register_forward_pre_hook(_check)
         decoder.set_attn_implementation(NAME)
     for layer in _layers(decoder):
@@ -68,7 +67,7 @@ def remove_s2_attention(model: nn.Module) -> nn.Module:
     if not has_s2_attention(decoder):
         raise RopeScalingError("This model has no S2 attention: there is nothing to take back.")
     own_configs(model)
-    if decoder.config._attn_implementation == NAME:  # or it was set since
+    if attention_implementation(decoder.config) == NAME:  # or it was set since
         decoder.set_attn_implementation(getattr(decoder, _STOCK))
     delattr(decoder, _STOCK)
     for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _check]:
@@ -84,7 +83,7 @@ def has_s2_attention(decoder: nn.Module) -> bool:
 
 
 def _check(decoder: Any, args: Any) -> None:
-    now = decoder.config._attn_implementation
+    now = attention_implementation(decoder.config)
     if decoder.training and now != NAME:
         raise RopeScalingError(
             f"The attention implementation of {type(decoder).__name__} was set to {now!r} after `use_s2_attention`, "

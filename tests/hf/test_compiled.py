@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 import rope_scaling
 from rope_scaling import RopeScalingError
 from rope_scaling.hf import compiled
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 
 
 @pytest.fixture

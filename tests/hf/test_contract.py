@@ -7,7 +7,7 @@ from conftest import apply, left_padded, logits, strong, token_ids
 
 from cases import METHOD_CASES
 from rope_scaling import METHODS, RopeScalingError
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from span_cases import SPAN_CASES, methods_of
 
 

@@ -1,5 +1,7 @@
 """`describe` says what is in effect, in numbers read back from the module."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import logits, make_model, rotary
@@ -120,6 +122,15 @@ WRAPPERS = {
     "sequential": torch.nn.Sequential,
     "twice": lambda model: torch.nn.Sequential(torch.compile(wrapped_by_peft(model))),
 }
+
+
+def test_a_description_can_be_read_without_printing(llama, capsys):
+    rope_scaling.patch(llama, "yarn", factor=4)
+    description = rope_scaling.read_description(llama)
+    assert not capsys.readouterr().out
+    assert str(rope_scaling.describe(llama)) == str(description)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        description.model = "another"
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

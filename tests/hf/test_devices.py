@@ -6,7 +6,7 @@ from conftest import apply, logits, make_model, rotary, strong, token_ids
 from transformers import DynamicCache
 
 import rope_scaling
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from span_cases import SPAN_CASES
 
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 import rope_scaling
 from rope_scaling import RopeScalingError, diagnose
 from rope_scaling.cli.main import main
-from rope_scaling.hf.doctor import CODES
+from rope_scaling.doctor import CODES
 
 
 LLAMA = {

@@ -28,7 +28,7 @@ from transformers import (
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.hf.loading import model_source
 
 

@@ -11,7 +11,7 @@ import rope_scaling
 from cases import METHOD_CASES
 from references.readers import READERS
 from rope_scaling import RopeScalingError
-from rope_scaling.hf.export import TARGETS
+from rope_scaling.exporters.targets import TARGETS
 from rope_scaling.hf.loading import load_tokenizer
 
 

@@ -14,7 +14,7 @@ from cases import METHOD_CASES
 from rope_scaling import RopeScalingError, SlidingWindow
 from rope_scaling.hf import cache as rotated_cache
 from rope_scaling.hf.cache import rotated_copies
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from span_cases import SPAN_CASES
 
 

@@ -12,7 +12,7 @@ from cases import METHOD_CASES
 from references import gguf_files
 from rope_scaling import RopeScalingError
 from rope_scaling.cli.main import main
-from rope_scaling.hf.gguf_file import rewrite_gguf
+from rope_scaling.exporters.gguf import rewrite_gguf
 from rope_scaling.hf.loading import load_model
 
 
@@ -78,7 +78,7 @@ def test_refusals_leave_nothing(base, tmp_path):
 
 
 def test_architectures_that_read_no_factors(tmp_path, monkeypatch):
-    monkeypatch.setattr("rope_scaling.hf.gguf_file._READ_FACTORS", set())
+    monkeypatch.setattr("rope_scaling.exporters.gguf._READ_FACTORS", set())
     path = gguf_files.write_llama(make_model("llama"), tmp_path / "base.gguf")
     rewrite_gguf(rope_scaling.patch(make_model("llama"), "yarn", factor=4), path, tmp_path / "yarn.gguf")
     with pytest.raises(RopeScalingError, match="does not read for 'llama' models"):

@@ -6,15 +6,15 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, TRAINED_LENGTH, close, logits, make_model, rotary, token_ids
+from conftest import FAMILIES, TRAINED_LENGTH, close, logits, make_model, rotary, same_state, state, token_ids
 
 import rope_scaling
 from cases import METHOD_CASES, arguments_of
 from rope_scaling import Linear, Ntk, RopeScalingError, Yarn, make_method
 from rope_scaling.frequencies import METHODS
-from rope_scaling.hf import patch as patch_module
-from rope_scaling.hf.host import CACHE_NAME
-from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+from rope_scaling.hf import model_patch
+from rope_scaling.hf.compat import CACHE_NAME
+from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import rotary_slots
 
 
@@ -23,21 +23,6 @@ FULL_FAMILIES = [family for family in FAMILIES if family not in ("llama3.1", "qw
 
 def frequencies(model, layer_type=None):
     return getattr(rotary(model), f"{layer_type}_inv_freq" if layer_type else "inv_freq")
-
-
-def state(model):
-    """Everything a patch may touch, to compare before and after."""
-    return (
-        {name: buffer.clone() for name, buffer in model.named_buffers()},
-        model.config.to_json_string(use_diff=False),
-        [id(cls) for cls in type(rotary(model)).__mro__],
-        "_rope_scaling" in vars(rotary(model)),
-        {key: value for key, value in vars(rotary(model)).items() if not key.startswith("_")},
-    )
-
-
-def same_state(one, other):
-    return all(torch.equal(one[0][name], other[0][name]) for name in one[0]) and str(one[1:]) == str(other[1:])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -290,9 +275,11 @@ def test_a_module_that_does_not_take_the_change_is_reported_and_left(llama):
 def test_a_failure_halfway_leaves_the_earlier_patch(llama, monkeypatch):
     rope_scaling.patch(llama, "yarn", factor=4)
     before = state(llama)
-    verify = patch_module._verify
+    verify = model_patch._verify
     monkeypatch.setattr(
-        patch_module, "_verify", lambda slot, change: verify(slot, change) if change.method.name == "yarn" else 1 / 0
+        model_patch,
+        "_verify",
+        lambda slot, change: verify(slot, change) if change.rope_parameters["rope_type"] == "yarn" else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         rope_scaling.patch(llama, "linear", factor=4)

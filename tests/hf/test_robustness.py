@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rope_scaling
 from rope_scaling import METHODS, RopeScalingError
-from rope_scaling.hf.loud import is_loud, unwarned
 from rope_scaling.hf.record import method_from_record
+from rope_scaling.hf.save_guard import is_guarded, unwarned
 from rope_scaling.methods import to_dict
 from rope_scaling.spans.sliding_window import SlidingWindow
 
@@ -147,7 +147,7 @@ def test_patch_save_load_unpatch(model, call):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         assert close(logits(rope_scaling.from_pretrained(folder)), after)
-        if is_loud(model.config):
+        if is_guarded(model.config):
             with pytest.raises(Exception, match=r"rope_scaling\.from_pretrained"):
                 AutoModelForCausalLM.from_pretrained(folder)
         else:

@@ -16,7 +16,8 @@ import rope_scaling
 from cases import arguments_of
 from rope_scaling import AngleClip, LogN, ReRope, RopeScalingError, Yarn
 from rope_scaling.frequencies import METHODS
-from rope_scaling.hf.pretrained import RECORD_KEY, pretrained_settings, read_pretrained
+from rope_scaling.hf.configs import RECORD_KEY
+from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
 from rope_scaling.hf.rotary import rotary_slots
 
 

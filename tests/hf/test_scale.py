@@ -8,7 +8,7 @@ from conftest import apply, logits, make_model, token_ids
 from transformers import DynamicCache
 
 from rope_scaling.attention.tiling import TILE
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from span_cases import SPAN_CASES
 
 

@@ -30,8 +30,8 @@ from rope_scaling import (
 from rope_scaling.attention.reference import reference_attention
 from rope_scaling.attention.sequences import read_documents
 from rope_scaling.hf.attention import CALL, NAME, Call, installed
-from rope_scaling.hf.host import CACHE_NAME
-from rope_scaling.hf.loud import MESSAGE
+from rope_scaling.hf.compat import CACHE_NAME
+from rope_scaling.hf.save_guard import MESSAGE
 from span_cases import SPAN_CASES
 
 

@@ -20,7 +20,7 @@ from transformers import (
 import rope_scaling
 from references import formulas
 from rope_scaling import Linear, RopeScalingError, SelfExtend
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 
 
 TRAINED, WIDTH = 64, 16
@@ -170,7 +170,7 @@ def test_spans_need_a_table_that_is_long_enough(coded, tmp_path):
         with pytest.raises(RopeScalingError, match="does not go through Transformers' attention interface"):
             rope_scaling.patch(coded, "self_extend", target_length=4 * TRAINED)
         return
-    with pytest.raises(RopeScalingError, match=r"a row for every position, which has 64\. Say how far to read"):
+    with pytest.raises(RopeScalingError, match=r"a precomputed table of 64 positions\. Pass `target_length=128`"):
         rope_scaling.patch(coded, "self_extend")
     rope_scaling.patch(coded, "self_extend", target_length=4 * TRAINED)
     wanted = logits(coded, far)

@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.hf.doctor import diagnose
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.doctor import diagnose
+from rope_scaling.hf.compat import CACHE_NAME
 
 
 PATCHES = {

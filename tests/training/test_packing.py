@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 import rope_scaling
 from rope_scaling import RopeScalingError
-from rope_scaling.hf.host import CACHE_NAME
+from rope_scaling.hf.compat import CACHE_NAME
 from rope_scaling.training import PackedCollator, document_ids, document_mask, pack_documents
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import and_masks, sdpa_mask
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.compat import and_masks, sdpa_attention_forward, sdpa_mask
 from rope_scaling.spans import SlidingWindow, SpanMethod
 
 

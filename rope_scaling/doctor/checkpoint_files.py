@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rope_scaling.doctor.findings import Finding, found
+from rope_scaling.doctor.sources import Source
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.doctor.findings import Finding, found
-from rope_scaling.hf.doctor.sources import Source
-from rope_scaling.hf.pretrained import RECORD_KEY
+from rope_scaling.hf.configs import RECORD_KEY
 from rope_scaling.hf.record import check_record, method_from_record
 
 

@@ -10,13 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.pretrained import config_with
 from rope_scaling.hf.record import ACTIVATION_KEYS
-from rope_scaling.hf.rotary import Slot
 
 
 MESSAGE = "rope_scaling: this model's attention was patched; load it with rope_scaling.from_pretrained(folder)"
-"""What stands in the config where Transformers, and every server that reads its configs, looks a name up and fails."""
+"""Deliberately invalid `rope_type`. Loaders that do not know this library fail on it and show this text."""
 
 
 class SavedAsMessage(str):
@@ -57,27 +55,29 @@ class SavedAsMessage(str):
         return (self.real,)
 
 
-def fail_in_plain_transformers(
-    slots: list[Slot], parameters: dict[str, Any], max_position_embeddings: int | None
-) -> dict[str, Any]:
+def fail_in_plain_transformers(checkpoint: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     """Config attributes that no plain loader accepts when they come from a file, and whose error is `MESSAGE`.
 
     The name of the RoPE type carries the message. Configs that check this name against a list of their own (Phi-3)
     could not be saved with it, and families that compute their angles from no config never read it; there the name of
     the activation function does.
 
+    Args:
+        checkpoint (`Checkpoint`): The model as its checkpoint defines it.
+        parameters (`dict[str, Any]`): `rope_parameters` that the patched model has.
+
     Raises:
         RopeScalingError: the config states no activation function either.
     """
     live, saved = copy.deepcopy(parameters), copy.deepcopy(parameters)
-    for slot in slots:
+    for slot in checkpoint.slots:
         # Attention of DeepSeek's kin, up to Transformers 5.23, asks for the factor of every type before its name.
         part = {"factor": 1.0, **slot.part_of(parameters)}
         saved = slot.with_part(saved, {**part, "rope_type": MESSAGE})
         live = slot.with_part(live, {**part, "rope_type": SavedAsMessage(part.get("rope_type", "default"))})
-    if slots[0].in_config and _taken(slots[0], saved, max_position_embeddings):
+    if checkpoint.in_config and _is_valid(checkpoint, saved):
         return {"rope_parameters": live}
-    config = slots[0].config
+    config = checkpoint.config
     activation = {
         name: SavedAsMessage(str(getattr(config, name))) for name in ACTIVATION_KEYS if hasattr(config, name)
     }
@@ -89,10 +89,13 @@ def fail_in_plain_transformers(
     return {"rope_parameters": parameters, **activation}
 
 
-def _taken(slot: Slot, parameters: dict[str, Any], max_position_embeddings: int | None) -> bool:
+def _is_valid(checkpoint: Any, parameters: dict[str, Any]) -> bool:
+    """Whether the config class of a checkpoint takes these RoPE parameters."""
     try:
         with unwarned():
-            config_with(slot, parameters, max_position_embeddings)
+            checkpoint.loaded(checkpoint.config).with_settings(
+                parameters, checkpoint.settings["max_position_embeddings"]
+            )
     except Exception:  # whatever the config class raises for a type that it does not take
         return False
     return True
@@ -113,7 +116,7 @@ def unwarned() -> Iterator[None]:
         logger.removeFilter(passes)
 
 
-def is_loud(config: Any) -> bool:
+def is_guarded(config: Any) -> bool:
     """Whether plain Transformers would refuse this config, read from a file or once it is saved."""
     parameters = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]

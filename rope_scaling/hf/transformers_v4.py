@@ -7,7 +7,6 @@ back into the config, so that whatever saves the config (the model, a Trainer's 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -37,7 +36,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _LOCAL_BASE = "rope_local_base_freq"
 _WITH_LOCAL_BASE = ("gemma3_text", "gemma3n_text")
 """Families whose older form has the base of sliding layers under a key of its own, and all else for full attention."""
-_KEYS = ("rope_scaling", "rope_theta", _LOCAL_BASE, *_NEOX_NAMES.values())
+OLDER_KEYS = ("rope_scaling", "rope_theta", _LOCAL_BASE, *_NEOX_NAMES.values())
 
 
 def types_read_by_v4(model_type: str) -> tuple[str, ...]:
@@ -106,37 +105,5 @@ def is_reworded(parameters: dict[str, Any], model_type: str) -> bool:
 def stated_in_older_keys(values: dict[str, Any], model_type: str) -> dict[str, Any]:
     """Base and rotated share at the top of a config, where older readers look, under their names of today."""
     names = {name: name for name in (*_NEOX_NAMES, _LOCAL_BASE)} | _OTHER_NAMES.get(model_type, {})
-    found = {name: values.get(other) for name, other in names.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def keep_older_keys(config: Any) -> None:
-    """Puts the older keys into a config that was written for Transformers 4, as its `rope_parameters` now are.
-
-    Settings that Transformers 4 cannot compute go without: it has to be exported anew to travel there.
-    """
-    from rope_scaling.hf.loud import is_loud  # which read configs without these keys
-    from rope_scaling.hf.pretrained import RECORD_KEY
-
-    if getattr(config, EXPORT_KEY, None) != V4:
-        return
-    # `rope_scaling` is a property of config classes, so this does not shadow it; it is what is saved.
-    stated = vars(config)
-    for key in _KEYS:
-        stated.pop(key, None)
-    parameters, family = getattr(config, "rope_parameters", None) or {}, config.model_type
-    if is_loud(config):
-        return  # Transformers 4 would load it without the patch
-    one = parameters[FULL] if in_older_form(parameters, family) else parameters
-    if not one.get("rope_theta") or not read_by_v4(one, family, config.max_position_embeddings):
-        return
-    if hasattr(config, RECORD_KEY) and is_reworded(one, family):
-        return
-    stated.update(copy.deepcopy(older_keys(parameters, family)))
-
-
-def without_older_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a config without what was put back, for making another config of them."""
-    if values.get(EXPORT_KEY) != V4:
-        return values
-    return {key: value for key, value in values.items() if key not in _KEYS}
+    stated = {name: values.get(older) for name, older in names.items()}
+    return {name: value for name, value in stated.items() if value is not None}

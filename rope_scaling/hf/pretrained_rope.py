@@ -1,10 +1,11 @@
-"""How a model arrived: geometry, the scaling it already has, and how far that reaches; from its config alone."""
+"""One set of rotary frequencies as a checkpoint defines it, from the config alone: geometry, scaling, length."""
 
 from __future__ import annotations
 
 import copy
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,18 +13,13 @@ import torch
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.frequencies import FrequencyMethod
 from rope_scaling.geometry import RopeGeometry
-from rope_scaling.hf.older_keys import without_older_keys
+from rope_scaling.hf.compat import layer_type_config, rope_functions
+from rope_scaling.hf.configs import RECORD_KEY, config_values, rope_parameters_of
 from rope_scaling.hf.record import check_record
 from rope_scaling.hf.rope_types import check_types, with_static_base
-from rope_scaling.hf.rotary import Slot
-from rope_scaling.hf.tables import TableSlot, rope_parameters_of
+from rope_scaling.hf.slot import Slot
 from rope_scaling.methods import factor_of, method_class
-from rope_scaling.methods import method_text as method_text
-from rope_scaling.notation import changed_fields as changed_fields
 
-
-RECORD_KEY = "rope_scaling_patch"
-"""Where a patched model's config keeps the readable record of the method."""
 
 _NATIVE_METHODS = {
     "linear": "linear",
@@ -40,31 +36,74 @@ _SCALING_KEYS = {
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A slot as the checkpoint defines it, before this library changed anything."""
+class PretrainedRope:
+    """One set of rotary frequencies as the checkpoint defines it, before this library changes anything."""
 
     geometry: RopeGeometry
     """With the length that the frequencies were first trained at."""
     reach: int
-    """The length that the checkpoint reads as it arrives, in tokens; above the trained length if it arrives scaled."""
+    """Context length of the checkpoint as loaded, in tokens; above the trained length if it is scaled already."""
     method: FrequencyMethod | None
-    """The scaling it arrives with."""
+    """The scaling that it is loaded with."""
     rope_parameters: dict[str, Any]
     """The slot's own part of `config.rope_parameters`."""
     inv_freq: torch.Tensor
-    """Frequencies as Transformers computes them from the config, `[R / 2]`, float32; at its reach, if they vary."""
+    """Frequencies as Transformers computes them from the config, `[R / 2]`, float32; those of the longest texts, if
+    they vary."""
     attention_factor: float
     length_dependent: bool
     """Whether Transformers changes the frequencies with the length of the call."""
 
     @property
     def other_parameters(self) -> dict[str, Any]:
-        """What else stands in `rope_parameters` and must stay, such as `partial_rotary_factor` or `mrope_section`."""
+        """What else is in `rope_parameters` and must be kept, such as `partial_rotary_factor` or `mrope_section`."""
         return {key: value for key, value in self.rope_parameters.items() if key not in _SCALING_KEYS}
 
 
+class LoadedConfig:
+    """A config of a model as its checkpoint states it.
+
+    Args:
+        config (`PreTrainedConfig`): What describes a rotary module now; it may record a patch.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """`max_position_embeddings` and `rope_parameters` before any patch.
+
+        Raises:
+            RopeScalingError: the record of a patch is damaged.
+        """
+        return pretrained_settings(self.config)
+
+    @cached_property
+    def as_loaded(self) -> Any:
+        """The config with these settings, as Transformers makes it from a saved file."""
+        return self.with_settings(self.settings["rope_parameters"], self.settings["max_position_embeddings"])
+
+    def with_settings(self, rope_parameters: dict[str, Any], max_position_embeddings: int | None) -> Any:
+        """A copy of the config, made the way Transformers makes one from a saved file, with other RoPE settings.
+
+        Raises:
+            Exception: whatever the config class raises for settings it does not take.
+        """
+        values = copy.deepcopy(self._values)
+        values["rope_parameters"] = copy.deepcopy(rope_parameters)
+        values.pop("max_position_embeddings", None)
+        if max_position_embeddings is not None:
+            values["max_position_embeddings"] = max_position_embeddings
+        return type(self.config).from_dict(values)
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return config_values(self.config)
+
+
 def pretrained_settings(config: Any) -> dict[str, Any]:
-    """`max_position_embeddings` and `rope_parameters` of the checkpoint as it was before any patch of ours.
+    """`max_position_embeddings` and `rope_parameters` of the checkpoint before any patch of this library.
 
     Raises:
         RopeScalingError: the record of a patch is damaged.
@@ -78,8 +117,8 @@ def pretrained_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int | None = None) -> Pretrained:
-    """Reads a slot from the settings of its config.
+def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int | None = None) -> PretrainedRope:
+    """Reads one set of frequencies from the settings of its config.
 
     Args:
         slot (`Slot`): Rotary module and layer type.
@@ -87,16 +126,24 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
         original_length (`int`, *optional*): Trained length in tokens, for a config that has none or a wrong one.
 
     Raises:
-        RopeScalingError: the config has no length or no RoPE parameters, or the scaling it arrives with is unknown or
-            depends on the length of the call.
+        RopeScalingError: the config has no length or no RoPE parameters, or the scaling it is loaded with is unknown
+            or depends on the length of the call.
     """
+    loaded = LoadedConfig(slot.config)
+    loaded.settings = settings
+    return read_rope(slot, loaded, original_length)
+
+
+def read_rope(slot: Slot, loaded: LoadedConfig, original_length: int | None) -> PretrainedRope:
+    """As `read_pretrained`, from a config that was read before."""
+    settings = loaded.settings
     parameters = dict(slot.part_of(settings["rope_parameters"] or {}))
     if not parameters.get("rope_theta"):
         raise RopeScalingError(
             f"The config of {type(slot.module).__name__} has no `rope_parameters` with a `rope_theta`."
         )
     check_types(parameters)
-    config = config_with(slot, settings["rope_parameters"], settings["max_position_embeddings"])
+    config = loaded.as_loaded
     parameters = with_static_base(parameters, config)
     maximum = settings["max_position_embeddings"]
     stated = original_length or parameters.get("original_max_position_embeddings")
@@ -108,61 +155,51 @@ def read_pretrained(slot: Slot, settings: dict[str, Any], original_length: int |
         )
     rope_type = parameters.get("rope_type", "default")
     if rope_type.startswith("dynamic"):
-        kept = {key: value for key, value in parameters.items() if key not in _SCALING_KEYS}
-        plain = {**kept, "rope_type": "default", "rope_theta": parameters["rope_theta"]}
-        plain = slot.with_part(settings["rope_parameters"], plain)
-        raise RopeScalingError(
-            f"This model arrives with `rope_type` {rope_type!r}, whose frequencies depend on the length of the call, "
-            "so there is no table to scale. Load it with plain frequencies: `from_pretrained(..., rope_parameters="
-            f"{json.dumps(plain)})`."
-        )
-    inv_freq, attention_factor = host_frequencies(slot, config, length=int(original) + 1)
+        raise _length_dependent(slot, settings, parameters)
+    inv_freq, attention_factor = frequencies_from_config(slot, config, length=int(original) + 1)
     geometry = _geometry(config, slot, parameters, int(original), len(inv_freq))
-    method = _arrived_method(rope_type, parameters, maximum, geometry)
+    method = _loaded_method(rope_type, parameters, maximum, geometry)
     reach = geometry.original_max_position_embeddings
     if stated:
         reach = reach if method is None else max(int(maximum or 0), round(reach * factor_of(method)))
     else:
-        # `linear` does not state the first trained length, only `max_position_embeddings`: what Transformers lets the
-        # model read as it arrives.
+        # `linear` does not state the first trained length, only `max_position_embeddings`: the context length of the
+        # model as loaded.
         geometry = replace(geometry, original_max_position_embeddings=max(round(reach / factor_of(method)), 1))
     varies = rope_type == "longrope" and parameters["short_factor"] != parameters["long_factor"]
-    return Pretrained(geometry, reach, method, parameters, inv_freq, attention_factor, varies)
+    return PretrainedRope(geometry, reach, method, parameters, inv_freq, attention_factor, varies)
 
 
-def config_with(slot: Slot, rope_parameters: dict[str, Any], max_position_embeddings: int | None) -> Any:
-    """A copy of the slot's config, made the way Transformers makes one from a saved file, with other RoPE settings.
-
-    Raises:
-        Exception: whatever the config class raises for settings it does not take.
-    """
-    values = without_older_keys(slot.config.to_dict())
-    values.pop(RECORD_KEY, None)
-    values["rope_parameters"] = copy.deepcopy(rope_parameters)
-    values.pop("max_position_embeddings", None)
-    if max_position_embeddings is not None:
-        values["max_position_embeddings"] = max_position_embeddings
-    return type(slot.config).from_dict(values)
+def _length_dependent(slot: Slot, settings: dict[str, Any], parameters: dict[str, Any]) -> RopeScalingError:
+    other = {key: value for key, value in parameters.items() if key not in _SCALING_KEYS}
+    plain = {**other, "rope_type": "default", "rope_theta": parameters["rope_theta"]}
+    plain = slot.with_part(settings["rope_parameters"], plain)
+    return RopeScalingError(
+        f"This model arrives with `rope_type` {parameters['rope_type']!r}, whose frequencies depend on the length of "
+        "the call, so there is no table to scale. Load it with plain frequencies: `from_pretrained(..., "
+        f"rope_parameters={json.dumps(plain)})`."
+    )
 
 
-def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tuple[torch.Tensor, float]:
+def frequencies_from_config(slot: Slot, config: Any, length: int | None = None) -> tuple[torch.Tensor, float]:
     """Frequencies and attention factor that plain Transformers computes from a config, as when it loads a checkpoint.
 
     Args:
         slot (`Slot`): Rotary module and layer type.
         config: The config to compute from; it is not changed.
         length (`int`, *optional*): Length of the call in tokens, for types that vary with it.
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    Returns:
+        `tuple`: `[R / 2]`, float32, and the multiplier of cos and sin.
+    """
     parameters = slot.part_of(rope_parameters_of(config))
     static = with_static_base(parameters, config)
     if static is not parameters:
         config = copy.deepcopy(config)
         config.rope_parameters = slot.with_part(config.rope_parameters, static)
-    config = _of_layer_type(config, slot)  # as the modules of such models do
+    config = layer_type_config(config, slot.layer_type)  # as the modules of such models do
     rope_type = static["rope_type"]
-    compute = ROPE_INIT_FUNCTIONS.get(rope_type) or default_function(slot)
+    compute = rope_functions().get(rope_type) or slot.default_frequencies
     layer_type = {"layer_type": slot.layer_type} if slot.layer_type else {}
     varying = {"seq_len": length} if length and rope_type == "longrope" else {}
     with torch.device("cpu"):
@@ -170,70 +207,8 @@ def host_frequencies(slot: Slot, config: Any, length: int | None = None) -> tupl
     return inv_freq.to(torch.float32), float(attention_factor)
 
 
-def default_function(slot: Slot) -> Any:
-    """The module class's own function for unscaled frequencies, past any that a patch of ours put in front of it.
-
-    Raises:
-        RopeScalingError: the class has none, so its frequencies cannot be computed from a config.
-    """
-    if isinstance(slot, TableSlot):
-        return slot.default_frequencies
-    name = "compute_default_rope_parameters"
-    found = [vars(cls)[name] for cls in type(slot.module).__mro__ if name in vars(cls)]
-    if not found:
-        raise RopeScalingError(
-            f"{type(slot.module).__name__} has no `{name}`, so its frequencies cannot be read from its config."
-        )
-    return getattr(found[-1], "__func__", found[-1])
-
-
-def layer_configs(config: Any) -> list[Any]:
-    """Every layer's own config: the same one, unless layers differ in heads or windows."""
-    if getattr(config, "is_heterogeneous", False):
-        return list(config.per_layer_config)
-    return [config] * getattr(config, "num_hidden_layers", 1)
-
-
-def text_config(config: Any) -> Any:
-    """The config of the language model; of the decoder, where an encoder of texts has one too."""
-    try:
-        return config.get_text_config()
-    except ValueError:
-        return config.get_text_config(decoder=True)
-
-
-def state_trained_length(config: Any, length: int) -> None:
-    """Writes a trained length into the RoPE settings of a config, flat or by layer type, where it has such settings.
-
-    Args:
-        config (`PreTrainedConfig` or `dict`): A language model's config, or what its `config.json` holds; changed.
-        length (`int`): In tokens.
-    """
-    for key in ("rope_scaling", "rope_parameters"):
-        stated: Any = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
-        for part in [one for one in (stated or {}).values() if isinstance(one, dict)] or [stated]:
-            if part:
-                part["original_max_position_embeddings"] = length
-
-
-def windows_of(config: Any) -> list[int | None]:
-    """The window in tokens that the config states for every layer."""
-    own = layer_configs(config)
-    return [getattr(one, "sliding_window", None) if getattr(one, "use_sliding_window", True) else None for one in own]
-
-
-def _of_layer_type(config: Any, slot: Slot) -> Any:
-    """The config of a slot's layers, where the heads of layer types differ in number or width."""
-    if slot.layer_type and getattr(config, "is_heterogeneous", False):
-        try:
-            return config.per_layer_config[slot.layer_type]
-        except ValueError:
-            pass  # layers of one type differ, in something else than their heads
-    return config
-
-
 def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int, num_pairs: int) -> RopeGeometry:
-    config = _of_layer_type(config, slot)
+    config = layer_type_config(config, slot.layer_type)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     if head_dim and head_dim * parameters.get("partial_rotary_factor", 1.0) % 2 and 2 * num_pairs > head_dim:
@@ -251,7 +226,7 @@ def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int
     )
 
 
-def _arrived_method(
+def _loaded_method(
     rope_type: str, parameters: dict[str, Any], maximum: int | None, geometry: RopeGeometry
 ) -> FrequencyMethod | None:
     if rope_type == "default":

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from rope_scaling.doctor.checkpoint_files import check_files
+from rope_scaling.doctor.findings import NOTE, Finding, found
+from rope_scaling.doctor.live_model import check_live_model
+from rope_scaling.doctor.rope_config import check_settings
+from rope_scaling.doctor.servers import check_servers
+from rope_scaling.doctor.sources import Source, read_source, source_of
 from rope_scaling.errors import RopeScalingError, cause_of, check_length, unknown_name
-from rope_scaling.hf.configs import config_of
-from rope_scaling.hf.describe import Description, read_description
-from rope_scaling.hf.doctor.files import check_files
-from rope_scaling.hf.doctor.findings import NOTE, Finding, found
-from rope_scaling.hf.doctor.running import check_running
-from rope_scaling.hf.doctor.servers import check_servers
-from rope_scaling.hf.doctor.settings import check_settings
-from rope_scaling.hf.doctor.sources import Source, read_source, source_of
-from rope_scaling.hf.export import TARGETS
-from rope_scaling.hf.loading import build_skeleton
+from rope_scaling.exporters.targets import TARGETS
+from rope_scaling.hf.checkpoint import Checkpoint, read_checkpoint
+from rope_scaling.hf.configs import RECORD_KEY
+from rope_scaling.hf.describe import Description, description_of
+from rope_scaling.hf.model_patch import Patch, applied_patch
 from rope_scaling.hf.patch import patch
-from rope_scaling.hf.pretrained import RECORD_KEY
-from rope_scaling.hf.rotary import rotary_slots
+from rope_scaling.hf.skeleton import build_skeleton
 
 
 _TRAINED = "original_max_position_embeddings"
@@ -80,26 +79,29 @@ def diagnose(
         source = read_source(model)
         if original_max_position_embeddings is not None:
             source = source.trained_at(check_length(_TRAINED, original_max_position_embeddings))
-        running, slots = None, []
+        checkpoint = None
     elif original_max_position_embeddings is not None:
         raise RopeScalingError(f"`{_TRAINED}` is for a folder or hub id. Patch a loaded model with it.")
     else:
-        slots = rotary_slots(model)
-        source, running = source_of(model, config_of(slots)), model
+        checkpoint = read_checkpoint(model)
+        source = source_of(model, checkpoint.config)
     findings = [] if not source.text else [*check_settings(source, target_length)]
     findings += check_files(source, target_length)
-    if running is None and source.config is not None:
-        running, problem = _skeleton(source, findings)
+    if checkpoint is not None:
+        findings += check_live_model(checkpoint, applied_patch(checkpoint.slots))
+    elif source.config is not None:
+        checkpoint, problem = _skeleton(source, findings)
         findings += problem
-    elif running is not None:
-        findings += check_running(running, slots)
-    description = None if running is None else _describe(running)
-    if description is not None:
-        findings += check_servers(source, running, targets)
+    description = None
+    if checkpoint is not None:
+        applied = applied_patch(checkpoint.slots)
+        description = _describe(checkpoint, applied)
+        if description is not None:
+            findings += check_servers(source, checkpoint, applied, targets)
     return Diagnosis(source.name, description, tuple(findings))
 
 
-def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Finding]]:
+def _skeleton(source: Source, findings: list[Finding]) -> tuple[Checkpoint | None, list[Finding]]:
     """The model without weights, under the patch that it records; or what keeps it from being built."""
     if any(finding.level == "error" for finding in findings):
         return None, []
@@ -112,16 +114,19 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Any, list[Findin
         if (cause := cause_of(error)).kind in ("memory", "network"):  # the config may well be right
             raise RopeScalingError(f"Cannot build {source.name!r}: {cause}") from error
         return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
-    if RECORD_KEY not in source.text:
-        return model, []
+    if RECORD_KEY in source.text:
+        try:
+            patch(model)
+        except RopeScalingError as error:
+            return None, [found("RS203", str(error), "Patch the base model anew, or take the folder as it was saved.")]
     try:
-        return patch(model), []
-    except RopeScalingError as error:
-        return None, [found("RS203", str(error), "Patch the base model anew, or take the folder as it was saved.")]
+        return read_checkpoint(model), []
+    except RopeScalingError:  # no RoPE
+        return None, []
 
 
-def _describe(model: Any) -> Description | None:
+def _describe(checkpoint: Checkpoint, patch: Patch | None) -> Description | None:
     try:
-        return read_description(model)
+        return description_of(checkpoint, patch)
     except RopeScalingError:
         return None

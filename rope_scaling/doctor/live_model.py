@@ -7,42 +7,50 @@ from typing import Any
 
 import torch
 
+from rope_scaling.doctor.findings import Finding, found
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.doctor.findings import Finding, found
+from rope_scaling.hf.checkpoint import Checkpoint
+from rope_scaling.hf.compat import attention_implementation, has_mask_function, is_registered_attention
+from rope_scaling.hf.configs import rope_parameters_of
 from rope_scaling.hf.guard import guard_of
-from rope_scaling.hf.patch import applied_patch
-from rope_scaling.hf.pretrained import host_frequencies
-from rope_scaling.hf.rotary import Slot, patched_record
-from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.model_patch import Patch
+from rope_scaling.hf.pretrained_rope import frequencies_from_config
+from rope_scaling.hf.slot import Slot, patch_state
 
 
 _LONG = 8192
 """Tokens from which a whole matrix of scores is worth a word."""
 
 
-def check_running(model: Any, slots: list[Slot]) -> Iterator[Finding]:
-    """Everything that a running model shows."""
-    applied = applied_patch(slots)
-    for slot in slots:
+def check_live_model(checkpoint: Checkpoint, patch: Patch | None) -> Iterator[Finding]:
+    """Everything that a model in memory shows.
+
+    Args:
+        checkpoint (`Checkpoint`): What `read_checkpoint` gave.
+        patch (`Patch`, *optional*): The patch in effect on it.
+    """
+    for slot in checkpoint.slots:
         if not slot.inv_freq.is_meta:
-            yield from _frequencies(slot)
-    patched = {slot.decoder for slot in slots if patched_record(slot) is not None}
-    for path in sorted({slot.decoder for slot in slots}):
-        decoder = model.get_submodule(path)
+            yield from _frequencies(slot, patch)
+    patched = {slot.decoder for slot in checkpoint.slots if patch_state(slot) is not None}
+    for path in sorted({slot.decoder for slot in checkpoint.slots}):
+        decoder = checkpoint.model.get_submodule(path)
         guard = guard_of(decoder)
         problems = list(guard.problems(decoder, deep=True)) if guard is not None else []
         if guard is None and path in patched:
-            problems = [f"The forward hooks of `{path or type(model).__name__}` were removed after the patch."]
+            problems = [
+                f"The forward hooks of `{path or type(checkpoint.model).__name__}` were removed after the patch."
+            ]
         for problem in problems:
             yield found(
                 "RS405",
                 problem,
                 "Patch the model again (`rope_scaling.patch(model, ...)`) after the change, or `unpatch` it before.",
             )
-    yield from _attention(slots[0].config, bool(applied and applied.programs))
+    yield from _attention(checkpoint.slots[0].config, bool(patch and patch.programs))
 
 
-def _frequencies(slot: Slot) -> Iterator[Finding]:
+def _frequencies(slot: Slot, patch: Patch | None) -> Iterator[Finding]:
     frequencies = slot.inv_freq.detach().float().cpu()
     if not torch.isfinite(frequencies).all() or bool((frequencies.abs() > 1e6).any()) or not frequencies.any():
         yield found(
@@ -60,7 +68,7 @@ def _frequencies(slot: Slot) -> Iterator[Finding]:
             "Load with `dtype=...` in the place of `.to(...)` or `.half()`; `patch` brings them back in float32.",
         )
         return
-    wanted = _wanted(slot)
+    wanted = _wanted(slot, patch)
     if wanted is not None and not (
         wanted.shape == frequencies.shape and torch.allclose(frequencies, wanted, rtol=1e-5, atol=1e-12)
     ):
@@ -73,24 +81,19 @@ def _frequencies(slot: Slot) -> Iterator[Finding]:
         )
 
 
-def _wanted(slot: Slot) -> Any:
-    record = patched_record(slot)
-    if record is not None:
-        change = record.patches.get((slot.path, slot.layer_type))
-        return None if change is None else change.extension.inv_freq
+def _wanted(slot: Slot, patch: Patch | None) -> Any:
+    if patch_state(slot) is not None and patch is not None:
+        change = patch.slots.get(slot.key)
+        return None if change is None else change.inv_freq
     try:
-        return host_frequencies(slot, slot.config)[0]
+        return frequencies_from_config(slot, slot.config)[0]
     except (RopeScalingError, KeyError, TypeError, ValueError):
         return None  # the settings themselves cannot be computed, which is found elsewhere
 
 
 def _attention(config: Any, ours: bool) -> Iterator[Finding]:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    name = getattr(config, "_attn_implementation", None)
-    registered = name in AttentionInterface._global_mapping
-    if registered and name not in ALL_MASK_ATTENTION_FUNCTIONS:
+    name = attention_implementation(config)
+    if is_registered_attention(name) and not has_mask_function(name):
         yield found(
             "RS404",
             f"The attention function {name!r} is registered without a mask function of the same name, so Transformers "

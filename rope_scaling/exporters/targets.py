@@ -7,7 +7,7 @@ from typing import Any
 
 from rope_scaling.frequencies.base import yarn_attention_factor
 from rope_scaling.frequencies.yarn import Yarn
-from rope_scaling.hf.older_keys import V4, read_by_v4, types_read_by_v4
+from rope_scaling.hf.transformers_v4 import V4, read_by_v4, types_read_by_v4
 
 
 TARGETS = {

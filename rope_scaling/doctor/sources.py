@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.hf.compat import optional_file
+from rope_scaling.hf.configs import RECORD_KEY, state_trained_length, text_config
 from rope_scaling.hf.loading import load_config, model_source
-from rope_scaling.hf.loud import is_loud, unwarned
-from rope_scaling.hf.pretrained import RECORD_KEY, state_trained_length, text_config
 from rope_scaling.hf.rope_types import type_of
+from rope_scaling.hf.save_guard import is_guarded, unwarned
 
 
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "max_position_embeddings")
@@ -113,7 +114,7 @@ def source_of(model: Any, config: Any) -> Source:
 
 def _source(name: str, text: dict[str, Any], config: Any, files: dict[str, dict[str, Any]]) -> Source:
     record = _mapping(text.get(RECORD_KEY))
-    guarded = is_loud(config) and bool(record)
+    guarded = is_guarded(config) and bool(record)
     if guarded:
         before = _mapping(record.get("pretrained"))
         names = getattr(type(config), "attribute_map", {})  # GPT-J's file has `n_positions`
@@ -159,10 +160,8 @@ def _section(raw: dict[str, Any], depth: int = 3) -> dict[str, Any]:
 
 
 def _read_json(place: str, name: str) -> dict[str, Any] | None:
-    from transformers.utils import cached_file
-
     try:
-        path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        path = optional_file(place, name)
     except OSError as error:
         raise RopeScalingError(f"Cannot read {name!r} of {place!r}: {str(error).splitlines()[0]}") from error
     if path is None:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rope_scaling.doctor.findings import NOTE, Finding, found
+from rope_scaling.doctor.lengths import check_other_lengths, check_part, check_windows, is_length
+from rope_scaling.doctor.sources import Source, family_reads
 from rope_scaling.errors import is_number
-from rope_scaling.hf.doctor.findings import NOTE, Finding, found
-from rope_scaling.hf.doctor.lengths import check_other_lengths, check_part, check_windows, is_length
-from rope_scaling.hf.doctor.sources import Source, family_reads
+from rope_scaling.hf.compat import ignored_rope_keys, layers_differ
 from rope_scaling.hf.rope_types import known_types, remedy, type_of, with_static_base
 
 
@@ -136,7 +137,7 @@ def _base(source: Source, kind: str, where: str, written: dict, read: dict) -> I
 
 
 def _keys(source: Source, kind: str, where: str, label: str, written: dict) -> Iterator[Finding]:
-    own = set(getattr(source.config, "ignore_keys_at_rope_validation", None) or ())
+    own = ignored_rope_keys(source.config)
     known = _ANY | own | _NEEDS[kind] | _TAKES.get(kind, set())
     unread = {
         key
@@ -230,7 +231,7 @@ def _values(source: Source, kind: str, where: str, read: dict) -> Iterator[Findi
 
 def _num_pairs(config: Any, read: dict) -> int:
     """How many pairs of dimensions rotate, as Transformers counts them for every type; 0 where that is not clear."""
-    if config is None or getattr(config, "is_heterogeneous", False):
+    if config is None or layers_differ(config):
         return 0
     heads, share = getattr(config, "num_attention_heads", 0), read.get("partial_rotary_factor") or 1.0
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from rope_scaling.hf.rotary import Slot, decoder_around, remember
+from rope_scaling.hf.configs import rope_parameters_of
+from rope_scaling.hf.slot import Slot, decoder_around, remember
 
 
 _TABLES = {
@@ -20,9 +20,6 @@ _TABLES = {
     "CodeGenRotaryEmbedding": "embed_positions",
 }
 """Classes that hold a table, and the name of it in them; GPT-J's and CodeGen's was in attention before 5.24."""
-_MODEL_TYPES = ("roformer", "gptj", "codegen")
-_AS_TRAINED = {"rope_type": "default", "rope_theta": 10000.0}
-"""What the code of these families computes its tables from; their configs state nothing."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +109,15 @@ class TableSlot(Slot):
         self.module.num_embeddings = rows
 
 
-def table_slots(model: nn.Module) -> list[Slot]:
+def table_slots(model: nn.Module) -> list[TableSlot]:
     """The tables of a model: one for a decoder or encoder, or one for each of its layers."""
-    found: list[Slot] = []
+    slots: list[TableSlot] = []
     for path, module in model.named_modules():
         name = _table_name(module)
         if name is not None and hasattr(module, name):
             outer = decoder_around(model, path)
-            found.append(TableSlot(path, module, None, outer, model.get_submodule(outer)))
-    return found
+            slots.append(TableSlot(path, module, None, outer, model.get_submodule(outer)))
+    return slots
 
 
 def lengthen_tables(model: nn.Module, length: int) -> None:
@@ -132,20 +129,12 @@ def lengthen_tables(model: nn.Module, length: int) -> None:
         length (`int`): Tokens that it is to read.
     """
     for slot in table_slots(model):
-        if isinstance(slot, TableSlot) and slot.ends_at(length - 1):
+        if slot.ends_at(length - 1):
             slot.lengthen(length)
 
 
 def _table_name(module: nn.Module) -> str | None:
     return next((_TABLES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TABLES), None)
-
-
-def rope_parameters_of(config: Any) -> Any:
-    """`config.rope_parameters`, or what stands for them in a model whose config has none."""
-    stated = getattr(config, "rope_parameters", None)
-    if stated is None and getattr(config, "model_type", None) in _MODEL_TYPES:
-        return copy.deepcopy(_AS_TRAINED)
-    return stated
 
 
 def _table(inv_freq: torch.Tensor, attention_factor: float, rows: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from rope_scaling.doctor.findings import NOTE, Finding, found
+from rope_scaling.doctor.sources import Source, family_reads
 from rope_scaling.errors import is_number
-from rope_scaling.hf.doctor.findings import NOTE, Finding, found
-from rope_scaling.hf.doctor.sources import Source, family_reads
-from rope_scaling.hf.pretrained import windows_of
+from rope_scaling.hf.configs import windows_of
 
 
 _SCALED_TO_A_LENGTH = {"yarn", "llama3", "longrope"}

@@ -13,16 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from rope_scaling.errors import RopeScalingError, unknown_name
-from rope_scaling.frequencies import FrequencyMethod
-from rope_scaling.frequencies.base import longrope_parameters
-from rope_scaling.hf.configs import config_of
-from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, V4, in_older_form, is_reworded, older_keys
-from rope_scaling.hf.patch import applied_patch, patch_record
-from rope_scaling.hf.pretrained import RECORD_KEY, Pretrained, pretrained_settings, read_pretrained
-from rope_scaling.hf.rope_types import with_static_base
-from rope_scaling.hf.rotary import Slot, rotary_slots
-from rope_scaling.hf.tables import rope_parameters_of
-from rope_scaling.hf.targets import (
+from rope_scaling.exporters.targets import (
     QUERY_SCALE,
     READ_KEYS,
     TARGETS,
@@ -31,10 +22,19 @@ from rope_scaling.hf.targets import (
     stated_as_it_is,
     why_not_computed,
 )
+from rope_scaling.frequencies import FrequencyMethod
+from rope_scaling.frequencies.base import longrope_parameters
+from rope_scaling.hf.checkpoint import Checkpoint, read_checkpoint
+from rope_scaling.hf.compat import ignored_rope_keys
+from rope_scaling.hf.configs import RECORD_KEY, rope_parameters_of
+from rope_scaling.hf.model_patch import Patch, applied_patch
+from rope_scaling.hf.rope_types import with_static_base
+from rope_scaling.hf.slot import Slot
+from rope_scaling.hf.transformers_v4 import EXPORT_KEY, FULL, V4, in_older_form, is_reworded, older_keys
 
 
 def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
-    """The keys of `config.json` that let a server compute the frequencies of a model, patched or as it arrived.
+    """The keys of `config.json` that let a server compute the frequencies of a model, patched or as loaded.
 
     For `--hf-overrides` of vLLM or `--json-model-override-args` of SGLang, where the weights are those of the base.
 
@@ -49,10 +49,11 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
         RopeScalingError: the target is unknown, or cannot compute what the patch does; the message names the nearest
             method that it can.
     """
-    settings = _settings(model, target)
+    checkpoint = read_checkpoint(model)
+    settings = _settings(checkpoint, applied_patch(checkpoint.slots), target)
     if FULL in settings["rope_parameters"]:
         settings.pop("rope_scaling", None)  # overriding it would replace the settings of all layer types
-    path = _path_to_text_config(model)
+    path = _path_to_text_config(checkpoint)
     if target == "sglang" and len(path) > 1:
         raise RopeScalingError(
             f"SGLang overrides one level of nested configs, and the text config of this model is `{'.'.join(path)}`. "
@@ -63,27 +64,31 @@ def config_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     return settings
 
 
-def text_overrides(model: nn.Module, target: str) -> dict[str, Any]:
+def text_overrides(checkpoint: Checkpoint, patch: Patch | None, target: str) -> dict[str, Any]:
     """As `config_overrides`, without the names of the configs that the text config is nested in, and without warnings.
+
+    Args:
+        checkpoint (`Checkpoint`): What `read_checkpoint` gave.
+        patch (`Patch`, *optional*): The patch in effect on the model.
+        target (`str`): As for `config_overrides`.
 
     Raises:
         RopeScalingError: as `config_overrides`.
     """
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
-    check_exportable(model, target)
-    slots = rotary_slots(model)
-    config = config_of(slots)
+    check_exportable(checkpoint, patch, target)
+    config = checkpoint.config
     parameters, length = rope_parameters_of(config), getattr(config, "max_position_embeddings", None)
     if length is None:
         raise RopeScalingError(
-            f"The config of {type(model).__name__} states no `max_position_embeddings`, up to which {TARGETS[target]} "
-            "serves a model. Patch it, with `original_max_position_embeddings` and `target_length`."
+            f"The config of {type(checkpoint.model).__name__} states no `max_position_embeddings`, up to which "
+            f"{TARGETS[target]} serves a model. Patch it, with `original_max_position_embeddings` and `target_length`."
         )
     if target == "transformers":
         return _plain({"rope_parameters": parameters, "max_position_embeddings": length})
-    slot = next((slot for slot in slots if slot.layer_type == FULL), slots[0])
-    portable = _portable(model, slot, slot.part_of(parameters), target)
+    slot = next((slot for slot in checkpoint.slots if slot.layer_type == FULL), checkpoint.slots[0])
+    portable = _portable(checkpoint, slot, slot.part_of(parameters), target)
     parameters = slot.with_part(parameters, portable)
     settings = {"max_position_embeddings": length, "rope_parameters": parameters}
     settings |= older_keys(parameters, config.model_type, strict=target == V4)
@@ -98,24 +103,23 @@ def text_overrides(model: nn.Module, target: str) -> dict[str, Any]:
     return _plain(settings)
 
 
-def check_exportable(model: nn.Module, target: str) -> None:
+def check_exportable(checkpoint: Checkpoint, patch: Patch | None, target: str) -> None:
     """Raises `RopeScalingError` for what no config tells a target."""
-    slots = rotary_slots(model)
-    applied = applied_patch(slots)
-    if applied is not None and applied.programs:
-        method = next(one for one in applied.methods if not isinstance(one, FrequencyMethod))
+    if patch is not None and patch.programs:
+        method = next(method for method in patch.methods if not isinstance(method, FrequencyMethod))
         raise RopeScalingError(
             f"{method.written_name!r} changes attention, and {TARGETS[target]} knows frequencies only. The nearest "
             f"that can be exported: {method.nearest_static!r} at the target length."
         )
-    if not slots[0].in_config:
+    if not checkpoint.in_config:
         raise RopeScalingError(
-            f"{type(model).__name__} computes its angles in its code, from no config that {TARGETS[target]} reads. "
-            "Save it with `save_pretrained`, and load it with `rope_scaling.from_pretrained`."
+            f"{type(checkpoint.model).__name__} computes its angles in its code, from no config that "
+            f"{TARGETS[target]} reads. Save it with `save_pretrained`, and load it with "
+            "`rope_scaling.from_pretrained`."
         )
-    if target == "transformers" or not any(slot.layer_type for slot in slots):
+    if target == "transformers" or not checkpoint.layer_types:
         return
-    config = config_of(slots)
+    config = checkpoint.config
     if target == "llama.cpp" or not in_older_form(rope_parameters_of(config), config.model_type):
         raise RopeScalingError(
             f"The layer types of this model rotate differently, and {TARGETS[target]} has no keys for these settings. "
@@ -127,7 +131,7 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     """Writes a checkpoint for a server: weights, config, tokenizer with its new length, and how to serve it.
 
     Args:
-        model (`nn.Module`): A loaded model, patched or as it arrived, without adapters (`merge_and_unload` first).
+        model (`nn.Module`): A loaded model, patched or not, without adapters (`merge_and_unload` first).
         folder (`str` or `Path`): Where to; it must not exist, or be empty.
         target (`str`): As for `config_overrides`.
         tokenizer (*optional*): Saved beside it.
@@ -140,7 +144,9 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
             left behind then.
     """
     folder = Path(folder)
-    settings = _settings(model, target)
+    checkpoint = read_checkpoint(model)
+    patch = applied_patch(checkpoint.slots)
+    settings = _settings(checkpoint, patch, target)
     if not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
         raise RopeScalingError(
             f"{type(model).__name__} does not save a whole checkpoint. Export the model inside it; an adapter is "
@@ -154,14 +160,14 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
         model.save_pretrained(staging)
         marked = settings | ({EXPORT_KEY: V4} if target == V4 else {})
         stated = settings["rope_parameters"]
-        reworded = target == V4 and FULL not in stated and is_reworded(stated, _text_config(model).model_type)
-        _write_config(staging / "config.json", _path_to_text_config(model), marked, reworded)
+        reworded = target == V4 and FULL not in stated and is_reworded(stated, checkpoint.config.model_type)
+        _write_config(staging / "config.json", _path_to_text_config(checkpoint), marked, reworded)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
             file = staging / "tokenizer_config.json"
             length = {"model_max_length": settings["max_position_embeddings"]}
             _rewrite(file, json.loads(file.read_text(encoding="utf-8")) | length)
-        (staging / "README.md").write_text(_card(model, target, settings), encoding="utf-8")
+        (staging / "README.md").write_text(_card(checkpoint, patch, target, settings), encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         staging.chmod(0o755)
@@ -172,19 +178,19 @@ def export(model: Any, folder: str | Path, target: str, tokenizer: Any = None) -
     return folder
 
 
-def _settings(model: nn.Module, target: str) -> dict[str, Any]:
-    settings = text_overrides(model, target)
+def _settings(checkpoint: Checkpoint, patch: Patch | None, target: str) -> dict[str, Any]:
+    settings = text_overrides(checkpoint, patch, target)
     parameters = settings["rope_parameters"]
-    if why := computes_otherwise(parameters.get(FULL, parameters), _text_config(model), target):
+    if why := computes_otherwise(parameters.get(FULL, parameters), checkpoint.config, target):
         warnings.warn(why, stacklevel=3)
     return settings
 
 
-def _portable(model: nn.Module, slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
+def _portable(checkpoint: Checkpoint, slot: Slot, parameters: dict[str, Any], target: str) -> dict[str, Any]:
     """RoPE parameters that the target computes the live frequencies from."""
     parameters = with_static_base(parameters, slot.config)
     config, kind = slot.config, parameters["rope_type"]
-    known = READ_KEYS | set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    known = READ_KEYS | ignored_rope_keys(config)
     stated = {key: value for key, value in parameters.items() if key in known and value is not None}
     if QUERY_SCALE in stated and target == "sglang":
         raise RopeScalingError(
@@ -203,18 +209,20 @@ def _portable(model: nn.Module, slot: Slot, parameters: dict[str, Any], target: 
             "saved with a factor for every pair, which a GGUF file can hold and this folder cannot: give a GGUF file "
             "of the model (`--gguf`), or export the nearest, 'yarn' or 'ntk'."
         )
-    lists = _factor_lists(model, slot, target)
+    lists = _factor_lists(checkpoint, slot, target)
     if not stated_as_it_is(lists, target, config):
         raise RopeScalingError(why_not_computed(kind, target, config))
     return lists
 
 
-def _factor_lists(model: nn.Module, slot: Slot, target: str) -> dict[str, Any]:
+def _factor_lists(checkpoint: Checkpoint, slot: Slot, target: str) -> dict[str, Any]:
     """The live frequencies as `longrope` lists, with the attention factor under each name that is read."""
-    pretrained = _pretrained(model, slot)
+    record = checkpoint.record
+    trained = None if record is None else record["original_max_position_embeddings"]
+    pretrained = checkpoint.trained_at(trained).rope(slot)
     inv_freq: Any = slot.inv_freq
     inv_freq, attention_factor = inv_freq.detach().cpu(), slot.attention_factor
-    if pretrained.length_dependent and patch_record(model) is None:
+    if pretrained.length_dependent and record is None:
         raise RopeScalingError(
             f"This model has one set of factors for texts up to its trained length and one for longer texts, and "
             f"{TARGETS[target]} takes one of them for all. Patch it: 'longrope' with its `long_factor`, or another "
@@ -225,37 +233,27 @@ def _factor_lists(model: nn.Module, slot: Slot, target: str) -> dict[str, Any]:
     lowered = longrope_parameters(geometry, inv_freq, attention_factor, factor)
     if target != V4:
         lowered |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
-    kept = {key: value for key, value in pretrained.other_parameters.items() if key in READ_KEYS}
-    if "partial_rotary_factor" in kept and geometry.head_dim:
+    others = {key: value for key, value in pretrained.other_parameters.items() if key in READ_KEYS}
+    if "partial_rotary_factor" in others and geometry.head_dim:
         # Of 'proportional', it is the share of pairs that rotate; in the lists, all do, some by 0.
-        kept["partial_rotary_factor"] = geometry.rotary_dim / geometry.head_dim
-    return {**kept, "rope_theta": geometry.rope_theta, **lowered}
+        others["partial_rotary_factor"] = geometry.rotary_dim / geometry.head_dim
+    return {**others, "rope_theta": geometry.rope_theta, **lowered}
 
 
-def _pretrained(model: nn.Module, slot: Slot) -> Pretrained:
-    """The slot before the patch, with the trained length that the patch was given."""
-    record = patch_record(model) or {}
-    return read_pretrained(slot, pretrained_settings(slot.config), record.get("original_max_position_embeddings"))
-
-
-def _text_config(model: nn.Module) -> Any:
-    return config_of(rotary_slots(model))
-
-
-def _path_to_text_config(model: Any) -> tuple[str, ...]:
+def _path_to_text_config(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the configs from that of a model down to that of its rotary modules; none where they are the same."""
-    text = _text_config(model)
+    text = checkpoint.config
     wanted = type(text), str(rope_parameters_of(text))
 
     def find(config: Any) -> tuple[str, ...] | None:
         if config is text or (type(config), str(rope_parameters_of(config))) == wanted:
             return ()
         for name, inner in vars(config).items():
-            if isinstance(inner, PreTrainedConfig) and (found := find(inner)) is not None:
-                return name, *found
+            if isinstance(inner, PreTrainedConfig) and (path := find(inner)) is not None:
+                return name, *path
         return None
 
-    outer = getattr(model, "config", None)
+    outer = getattr(checkpoint.model, "config", None)
     return (find(outer) if isinstance(outer, PreTrainedConfig) else None) or ()
 
 
@@ -282,9 +280,8 @@ def _rewrite(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(model: Any, target: str, settings: dict[str, Any]) -> str:
-    applied = applied_patch(rotary_slots(model))
-    methods = " with ".join(str(method) for method in applied.methods) if applied else "frequencies as they arrived"
+def _card(checkpoint: Checkpoint, patch: Patch | None, target: str, settings: dict[str, Any]) -> str:
+    methods = " with ".join(map(str, patch.methods)) if patch else "frequencies as they arrived"
     length = settings["max_position_embeddings"]
     commands = {
         "transformers": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
@@ -299,6 +296,6 @@ def _card(model: Any, target: str, settings: dict[str, Any]) -> str:
     if target == V4:
         commands[target] += "\n# to change it and save it again with the keys of both: rope_scaling.from_pretrained"
     return (
-        f"# {type(model).__name__}, {length} tokens\n\nRotary position embedding: {methods}, written for "
+        f"# {type(checkpoint.model).__name__}, {length} tokens\n\nRotary position embedding: {methods}, written for "
         f"{TARGETS[target]} by rope-scaling.\n\n```{language}\n{commands[target]}\n```\n"
     )

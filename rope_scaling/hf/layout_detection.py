@@ -1,9 +1,9 @@
-"""Looking at how a decoder's attention turns queries and keys, by running it on a few vectors.
+"""Detection of the rotary layout of a decoder's layers, by running it on a few vectors.
 
-Which dimensions form a pair, and whether a layer turns anything at all, stands in modelling code, differently in every
-family. Two runs, one with every token at position 0 and one with tokens at other positions, show it; and they show
-that every layer's attention goes through the interface and gets what the hook hands over. In both, attention returns
-zeros, so that every layer sees the same in both.
+How RoPE is applied (which dimensions form a pair, which layers rotate at all) is defined only in each family's
+modelling code. Two runs, one with every token at position 0 and one with tokens at other positions, show it; and they
+show that every layer's attention goes through Transformers' interface and gets the keyword argument of the decoder
+hook. In both, attention returns zeros, so that every layer gets the same input in both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import nn
 from rope_scaling.attention.rotation import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
-from rope_scaling.hf.pretrained import host_frequencies
+from rope_scaling.hf.compat import attention_implementation
+from rope_scaling.hf.pretrained_rope import frequencies_from_config
 from rope_scaling.hf.rotary import rotary_slots
 
 
@@ -47,18 +48,18 @@ class _Probe:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a decoder was seen to do."""
+class DetectedLayouts:
+    """What was detected of a decoder."""
 
     layouts: list[tuple[int, RotaryLayout] | None]
-    """For every layer, which of the frequencies it is turned with and which dimensions form pairs; `None` if it does
-    not turn."""
+    """For every layer, the index of the frequencies that it rotates with and which dimensions form pairs; `None` if it
+    does not rotate."""
     heard: set[int]
     """Layers whose attention was called."""
     noted: Noted
 
 
-def look_at(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int] = ()) -> Look:
+def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int] = ()) -> DetectedLayouts:
     """Runs a decoder on a few vectors, with attention that returns zeros.
 
     Args:
@@ -69,7 +70,7 @@ def look_at(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int]
         silent (collection of `int`): Layers that may have no attention, such as recurrent ones.
 
     Raises:
-        RopeScalingError: attention does not go through Transformers' interface, or turns in a way not known here.
+        RopeScalingError: attention does not go through Transformers' interface, or the rotary layout is not supported.
     """
     count = decoder.config.num_hidden_layers
     runnable = with_weights(decoder)
@@ -87,7 +88,7 @@ def look_at(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int]
         else None
         for index in range(count)
     ]
-    return Look(layouts, set(still), noted)
+    return DetectedLayouts(layouts, set(still), noted)
 
 
 def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
@@ -96,7 +97,7 @@ def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
     Where attention does not go through Transformers' interface, all layers count as rotating if any does.
 
     Args:
-        decoder (`nn.Module`): As for `look_at`.
+        decoder (`nn.Module`): As for `detect_layouts`.
 
     Returns:
         One flag a layer and the windows in tokens; `None` if the decoder cannot be run on a few vectors.
@@ -111,7 +112,7 @@ def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
         still, moved, noted = _observe(runnable)
         if len(still) == count:
             pairs = [(moved[index], still[index]) for index in range(count)]
-            return [not all(map(torch.equal, one, other)) for one, other in pairs], noted.windows
+            return [not all(map(torch.equal, *pair)) for pair in pairs], noted.windows
     try:
         with _evaluating(runnable):
             still_out, moved_out = (_hidden(runnable, positions) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
@@ -143,7 +144,7 @@ def with_weights(decoder: Any) -> Any:
     for module in copied.modules():
         _fill(module, noise)
     for slot in rotary_slots(copied):
-        slot.set(*host_frequencies(slot, slot.config), max(_POSITIONS) + 1)
+        slot.set(*frequencies_from_config(slot, slot.config), max(_POSITIONS) + 1)
     return copied
 
 
@@ -193,7 +194,7 @@ def _evaluating(decoder: Any) -> Iterator[None]:
 
 def _observe(decoder: Any) -> tuple[dict[int, _Seen], dict[int, _Seen], Noted]:
     """Queries and keys of every layer, with all tokens at position 0 and at other positions; and what was noted."""
-    before = decoder.config._attn_implementation
+    before = attention_implementation(decoder.config)
     noted = Noted()
     noting = NOTED.set(noted)
     try:
@@ -262,10 +263,10 @@ def _layout(
     inv_freqs: list[torch.Tensor],
     tolerance: float,
 ) -> tuple[int, RotaryLayout] | None:
-    def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-        return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-12))
+    def agree(seen: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return bool((seen - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-12))
 
-    if all(agree(one, other) for one, other in zip(moved, still, strict=True)):
+    if all(map(agree, moved, still)):
         return None
     width = still[0].shape[-1]
     for index, inv_freq in enumerate(inv_freqs):
@@ -275,10 +276,10 @@ def _layout(
             for start in sorted({0, width - rotary_dim}):
                 layout = RotaryLayout(rotary_dim, interleaved, start, backward)
                 if rotary_dim <= width and rotation is not None:
-                    wanted = (rotation.apply(vectors, layout) for vectors in still)
-                    if all(agree(found, want) for found, want in zip(moved, wanted, strict=True)):
+                    wanted = [rotation.apply(vectors, layout) for vectors in still]
+                    if all(map(agree, moved, wanted)):
                         return index, layout
     raise RopeScalingError(
-        f"Layer {layer} turns queries and keys in a way that this library does not know: neither halves nor "
-        f"neighbours of {', '.join(str(2 * len(inv_freq)) for inv_freq in inv_freqs)} dimensions."
+        f"Layer {layer} uses an unsupported rotary layout: neither half-split nor interleaved over "
+        f"{', '.join(str(2 * len(inv_freq)) for inv_freq in inv_freqs)} dimensions."
     )

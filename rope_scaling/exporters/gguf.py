@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
+from rope_scaling.exporters.checkpoints import check_exportable
+from rope_scaling.exporters.targets import stated_as_it_is
 from rope_scaling.geometry import default_inv_freq
-from rope_scaling.hf.export import check_exportable, stated_as_it_is
-from rope_scaling.hf.pretrained import pretrained_settings, read_pretrained
+from rope_scaling.hf.checkpoint import Checkpoint, read_checkpoint
+from rope_scaling.hf.configs import rope_parameters_of
+from rope_scaling.hf.model_patch import applied_patch
 from rope_scaling.hf.rope_types import with_static_base
-from rope_scaling.hf.rotary import Slot, rotary_slots
-from rope_scaling.hf.tables import rope_parameters_of
+from rope_scaling.hf.slot import Slot
 
 
 _FACTORS = "rope_freqs.weight"
@@ -46,7 +48,7 @@ def rewrite_gguf(model: nn.Module, source: str | Path, out: str | Path) -> Path:
     anything else as a factor for every pair, which the architectures that llama.cpp builds like Llama read.
 
     Args:
-        model (`nn.Module`): The base model of the file, patched, or as it arrived. Its weights are not needed.
+        model (`nn.Module`): The base model of the file, patched or not. Its weights are not needed.
         source (`str` or `Path`): A GGUF file of it, such as `convert_hf_to_gguf.py` writes, or one from a hub.
         out (`str` or `Path`): The new file.
 
@@ -64,15 +66,16 @@ def rewrite_gguf(model: nn.Module, source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     if out.exists():
         raise RopeScalingError(f"{str(out)!r} exists. Give a new file.")
-    check_exportable(model, "llama.cpp")
+    checkpoint = read_checkpoint(model)
+    check_exportable(checkpoint, applied_patch(checkpoint.slots), "llama.cpp")
     try:
         reader = gguf.GGUFReader(source)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise RopeScalingError(f"{str(source)!r} is no GGUF file that can be read: {error}") from error
     architecture = reader.fields["general.architecture"].contents()
-    slot = rotary_slots(model)[0]
+    slot = checkpoint.slots[0]
     _check_same_model(reader, architecture, slot)
-    values, factors = _scaling(slot, architecture)
+    values, factors = _scaling(checkpoint, slot, architecture)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.part")
     try:
@@ -103,7 +106,7 @@ def _check_same_model(reader: Any, architecture: str, slot: Slot) -> None:
         raise RopeScalingError(f"The GGUF file is of another model: {'; '.join(different)}.")
 
 
-def _scaling(slot: Slot, architecture: str) -> tuple[dict[str, Any], np.ndarray | None]:
+def _scaling(checkpoint: Checkpoint, slot: Slot, architecture: str) -> tuple[dict[str, Any], np.ndarray | None]:
     """Metadata below the architecture's name, and the factors that its frequencies are divided by, `[R / 2]`."""
     parameters = with_static_base(rope_parameters_of(slot.config), slot.config)
     kind, base = parameters["rope_type"], float(parameters["rope_theta"])
@@ -120,7 +123,7 @@ def _scaling(slot: Slot, architecture: str) -> tuple[dict[str, Any], np.ndarray 
             f"{kind!r} needs a factor for every pair here, which llama.cpp does not read for {architecture!r} models. "
             "The nearest that can be exported: 'yarn', or 'ntk'."
         )
-    pretrained = read_pretrained(slot, pretrained_settings(slot.config))
+    pretrained = checkpoint.rope(slot)
     plain, live = default_inv_freq(pretrained.geometry).double(), slot.inv_freq.detach().double().cpu()
     factors = torch.where(live.abs() > 1e-30, plain / live, math.inf).clamp(max=1e30)
     values |= {"rope.freq_base": pretrained.geometry.rope_theta, "rope.scaling.type": "none"}

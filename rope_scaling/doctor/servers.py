@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rope_scaling.doctor.findings import NOTE, Finding, found
+from rope_scaling.doctor.rope_config import same
+from rope_scaling.doctor.sources import Source
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.doctor.findings import NOTE, Finding, found
-from rope_scaling.hf.doctor.settings import same
-from rope_scaling.hf.doctor.sources import Source
-from rope_scaling.hf.export import text_overrides
-from rope_scaling.hf.older_keys import EXPORT_KEY, FULL, SLIDING, V4, stated_in_older_keys
+from rope_scaling.exporters.checkpoints import text_overrides
+from rope_scaling.exporters.targets import SECTIONS, TARGETS, computes_otherwise
+from rope_scaling.hf.checkpoint import Checkpoint
+from rope_scaling.hf.configs import rope_parameters_of
+from rope_scaling.hf.model_patch import Patch
 from rope_scaling.hf.rope_types import with_static_base
-from rope_scaling.hf.tables import rope_parameters_of
-from rope_scaling.hf.targets import SECTIONS, TARGETS, computes_otherwise
+from rope_scaling.hf.transformers_v4 import EXPORT_KEY, FULL, SLIDING, V4, stated_in_older_keys
 
 
 _READ_THE_OLD_FORM = {V4: "Transformers 4", "sglang": "SGLang"}
@@ -22,14 +24,16 @@ _IMPLIED = {"original_max_position_embeddings", "attention_factor", "partial_rot
 _DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
-def check_servers(source: Source, model: Any, targets: Sequence[str]) -> Iterator[Finding]:
+def check_servers(
+    source: Source, checkpoint: Checkpoint, patch: Patch | None, targets: Sequence[str]
+) -> Iterator[Finding]:
     """Findings for every target; those that were not asked for are notes."""
     for target in TARGETS:
         level = None if target in targets else NOTE
         if target == "transformers" or (source.text.get("rope_scaling") is None and not source.stated):
             continue
         try:
-            needed = text_overrides(model, target)
+            needed = text_overrides(checkpoint, patch, target)
         except RopeScalingError as error:
             yield found("RS303", f"{TARGETS[target]}: {error}", "Serve it with Transformers, or patch anew.", level)
             continue

@@ -1,0 +1,1 @@
+"""Checkpoints and GGUF files for servers that compute RoPE themselves."""
