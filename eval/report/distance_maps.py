@@ -7,7 +7,8 @@ from typing import Any
 from rope_scaling.errors import RopeScalingError
 from rope_scaling.eval.methods import saved_method
 from rope_scaling.hf.describe import read_description
-from rope_scaling.methods import METHODS, changed_fields
+from rope_scaling.methods import METHODS
+from rope_scaling.notation import changed_fields
 from rope_scaling.spans import SpanMethod
 
 

@@ -131,6 +131,10 @@ def test_layers_that_differ_have_configs_of_their_own():
         assert compat.layer_type_config(config, "full_attention").head_dim == 32
 
 
+def test_torch_says_when_it_exports():
+    assert compat.is_exporting() is False
+
+
 def test_the_class_of_a_model():
     from transformers import LlamaForCausalLM
 
