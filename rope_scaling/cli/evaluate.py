@@ -30,7 +30,8 @@ class RunOptions:
     methods: list[str]
     lengths: str
     factor: float | None
-    target_length: int | None
+    target_length: int | str | None
+    """Tokens, or a multiple such as `8x` of what the model reads as loaded."""
     original_length: int | None
     dtype: str
     device: str
@@ -175,12 +176,10 @@ def _config(model: Any, options: RunOptions, data: str, original_length: int | N
     from rope_scaling.eval.config import EvaluationConfig, check_lengths
     from rope_scaling.eval.documents import parse_lengths
     from rope_scaling.eval.scoring.identity import weights_sha256
-    from rope_scaling.hf.pretrained_rope import pretrained_settings, read_pretrained
-    from rope_scaling.hf.rotary import rotary_slots
+    from rope_scaling.hf.checkpoint import read_checkpoint
 
-    trained = max(
-        read_pretrained(slot, pretrained_settings(slot.config), original_length).reach for slot in rotary_slots(model)
-    )
+    checkpoint = read_checkpoint(model, original_length)
+    trained = max(checkpoint.rope(slot).reach for slot in checkpoint.slots)
     lengths = parse_lengths(options.lengths.split(","), trained)
     check_lengths(lengths)
     return EvaluationConfig(
@@ -197,13 +196,16 @@ def _config(model: Any, options: RunOptions, data: str, original_length: int | N
     )
 
 
-def _factor(factor: float | None, target_length: int | None, longest: int, trained: int) -> float:
+def _factor(factor: float | None, target_length: int | str | None, longest: int, trained: int) -> float:
+    from rope_scaling.lengths import in_tokens
+
     if factor is not None and target_length is not None:
         raise RopeScalingError("Give `--factor` or `--target-length`, not both.")
-    if target_length is not None and target_length < trained:
-        raise RopeScalingError(f"`--target-length` is {target_length}, but the model reads {trained} tokens as it is.")
     if target_length is not None:
-        return target_length / trained
+        length = in_tokens("target_length", target_length, trained)
+        if length < trained:
+            raise RopeScalingError(f"`--target-length` is {length}, but the model reads {trained} tokens as it is.")
+        return length / trained
     return check_number("factor", factor, at_least=1.0) if factor is not None else max(longest / trained, 1.0)
 
 

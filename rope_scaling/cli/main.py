@@ -60,7 +60,7 @@ def evaluate(
     factor: Annotated[
         Optional[float], typer.Option(help="Factor to patch with. [default: longest length over trained length]")
     ] = None,
-    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    target_length: TARGET_LENGTH = None,
     original_length: ORIGINAL = None,
     lengths: Annotated[
         str, typer.Option(help="Ascending, in tokens ('8192,16384') or trained lengths ('1x,2x').")
@@ -138,7 +138,7 @@ def harness(
         str, typer.Option(help="As for `evaluate`; each document at the shortest that holds it.")
     ] = "1x,2x,4x",
     factor: Annotated[Optional[float], typer.Option(help="Factor to patch with.")] = None,
-    target_length: Annotated[Optional[int], typer.Option(help="The same, in tokens.")] = None,
+    target_length: TARGET_LENGTH = None,
     original_length: ORIGINAL = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",

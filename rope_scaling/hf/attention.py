@@ -115,7 +115,7 @@ class Call:
         gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         kernels = choose_kernels(query, key, value, gradients)
         if kernels is not None:
-            self.program.kernels[query.device] = str(kernels)
+            self.program.note_kernels(query.device, str(kernels))
             return partial(whole_span_attention, kernels=kernels)
         return tiled_attention if query.device.type == "cpu" else None
 

@@ -39,6 +39,8 @@ class SlotDescription:
     """`[R / 2]`, float32."""
     pretrained_inv_freq: torch.Tensor
     """`[R / 2]`, float32."""
+    kernels: str = ""
+    """What has computed attention on a GPU so far, under a span method or a temperature."""
 
     def pair_table(self) -> str:
         """One line per pair: wavelength as trained and now in tokens, slow-down, turns in trained and new length."""
@@ -55,6 +57,7 @@ class SlotDescription:
 
     def __str__(self) -> str:
         where = f"{self.module} ({self.layer_type})" if self.layer_type else self.module
+        kernels = [f"  attention         {self.kernels}"] if self.kernels else []
         return "\n".join(
             [
                 f"{where}: {self.method}",
@@ -64,6 +67,7 @@ class SlotDescription:
                 f"  frequencies       {len(self.inv_freq)} pairs, {self.inv_freq.dtype}, on "
                 f"{self.inv_freq.device}: {self.arithmetic}",
                 f"  saved             {self.reload}",
+                *kernels,
             ]
         )
 
@@ -147,6 +151,7 @@ def _describe_patched(slot: Slot, change: SlotPatch, patch: Patch) -> SlotDescri
         reload=reload,
         inv_freq=slot.inv_freq,
         pretrained_inv_freq=pretrained.inv_freq,
+        kernels="; ".join(f"{kernels} on {device}" for device, kernels in getattr(program, "kernels", {}).items()),
     )
 
 

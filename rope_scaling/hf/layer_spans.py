@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Hashable
@@ -60,8 +61,8 @@ class SpanProgram:
         self.silent = {index for index, layer in enumerate(layers) if not layer.attends}
         self.reach = self._reach()
         self._warned: set[str] = set()
-        self.kernels: dict[torch.device, str] = {}
-        """What computed attention on every device so far."""
+        self.kernels: dict[str, str] = {}
+        """What computed attention on a GPU so far, by the device's name."""
         self._work_out()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,6 +126,12 @@ class SpanProgram:
                 f"{self.reach} tokens: the model meets distances it was not trained on.",
                 stacklevel=level_of_the_caller(),
             )
+
+    def note_kernels(self, device: torch.device, kernels: str) -> None:
+        """Remembers for `describe`, and logs once, what computes attention on a device."""
+        if str(device) not in self.kernels:
+            self.kernels[str(device)] = kernels
+            logging.getLogger(__name__).info("rope-scaling: attention on %s runs through %s.", device, kernels)
 
     def warn_of_dropout(self, dropout: float) -> None:
         """Says once that attention dropout takes the slow path."""

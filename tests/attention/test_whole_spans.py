@@ -21,7 +21,7 @@ def twin(request, monkeypatch):
     return TWINS[request.param]
 
 
-@pytest.mark.parametrize("length", [1, 2, 65, 301, 700])
+@pytest.mark.parametrize("length", [1, 65, 301])
 @pytest.mark.parametrize("name", [*METHODS, "plain"])
 def test_whole_spans_are_the_reference(name, length, twin):
     q, k, v = tensors(length)

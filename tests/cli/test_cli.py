@@ -15,6 +15,7 @@ from conftest import make_model
 
 import rope_scaling
 from rope_scaling import METHODS
+from rope_scaling.cli.evaluate import _factor
 from rope_scaling.cli.main import main
 from rope_scaling.hf.loading import load_tokenizer
 
@@ -483,3 +484,13 @@ def test_interrupting_says_how_to_go_on(folder, text, tmp_path, monkeypatch, cap
     assert stopped.value.code == 130
     assert "The same command resumes where it stopped" in capsys.readouterr().err
     assert not (Path(tmp_path) / "out" / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(("given", "factor"), [("8x", 8.0), (4096, 4.0), ("2x", 2.0), (None, 3.0)])
+def test_target_lengths_of_an_evaluation(given, factor):
+    assert _factor(None, given, longest=3072, trained=1024) == factor
+
+
+def test_a_target_length_of_an_evaluation_below_what_the_model_reads():
+    with pytest.raises(RopeScalingError, match="`--target-length` is 512, but the model reads 1024 tokens as it is"):
+        _factor(None, "0.5x", longest=3072, trained=1024)

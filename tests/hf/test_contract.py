@@ -5,6 +5,7 @@ import torch
 from attention_twins import use_twin
 from conftest import apply, left_padded, logits, strong, token_ids
 
+import rope_scaling
 from cases import METHOD_CASES
 from rope_scaling import METHODS, RopeScalingError
 from rope_scaling.hf.compat import CACHE_NAME
@@ -80,8 +81,10 @@ def test_one_answer_of_the_engine_for_gpus(twin, case, monkeypatch):
     texts = [token_ids(length, seed=length)[0] for length in (LENGTH, *SHORTER)]
     alone = [logits(model, text[None], use_cache=False)[0] for text in texts]
     use_twin(monkeypatch, twin)
+    assert "FlashAttention" not in str(rope_scaling.read_description(model))
     for text, wanted in zip(texts, alone, strict=True):
         assert difference(logits(model, text[None], use_cache=False)[0], wanted) < TOLERANCE
+    assert "FlashAttention on cpu" in str(rope_scaling.read_description(model)), "what ran is said"
     check_one_answer(model, texts, [logits(model, text[None], use_cache=False)[0] for text in texts], case)
 
 
