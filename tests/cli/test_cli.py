@@ -14,7 +14,7 @@ import torch
 from conftest import make_model
 
 import rope_scaling
-from rope_scaling import METHODS
+from rope_scaling import METHODS, RopeScalingError
 from rope_scaling.cli.evaluate import _factor
 from rope_scaling.cli.main import main
 from rope_scaling.hf.loading import load_tokenizer
