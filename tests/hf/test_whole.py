@@ -220,7 +220,7 @@ def test_s2_attention_around_a_patch():
         patched("rerope", model)
     patched("yarn", model)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(RopeScalingError, match="turns S2 attention off"):
+    with pytest.raises(RopeScalingError, match="disables S2 attention"):
         model.train()(token_ids(32))
     logits(model.eval())
     rope_scaling.remove_s2_attention(model)
