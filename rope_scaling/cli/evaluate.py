@@ -201,7 +201,7 @@ def _factor(factor: float | None, target_length: int | None, longest: int, train
     if factor is not None and target_length is not None:
         raise RopeScalingError("Give `--factor` or `--target-length`, not both.")
     if target_length is not None and target_length < trained:
-        raise RopeScalingError(f"`--target-length` is {target_length}, below the context length as loaded, {trained}.")
+        raise RopeScalingError(f"`--target-length` is {target_length}, but the context length as loaded is {trained}.")
     if target_length is not None:
         return target_length / trained
     return check_number("factor", factor, at_least=1.0) if factor is not None else max(longest / trained, 1.0)

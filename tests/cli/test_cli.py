@@ -260,7 +260,7 @@ def case(message, *arguments):
         case("Invalid value for '--factor'", "evaluate", "--factor", "four"),
         case("not both", "evaluate", "--model", "MODEL", "--factor", "4", "--target-length", "256"),
         case(
-            "`--target-length` is 32, but the model reads 64 tokens",
+            "`--target-length` is 32, but the context length as loaded is 64",
             "evaluate",
             "--model",
             "MODEL",

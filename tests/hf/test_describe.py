@@ -53,7 +53,7 @@ def test_pair_table(llama, capsys):
         (
             "llama3.1",
             "yarn",
-            "loaded with llama3, which reads 512 tokens; kept, and multiplied pair by pair with what yarn "
+            "loaded with llama3 for 512 tokens; kept, and multiplied pair by pair with what yarn "
             "does to a model trained at 512 tokens",
         ),
     ],
