@@ -96,9 +96,7 @@ def evaluate(
         Optional[Path],
         typer.Option(help="Folder for rows, scores, table and plot. [default: runs/evaluate-MODEL-SETTINGS]"),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure again.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the folder's scores; measure again.")] = False,
 ) -> None:
     """Measure how far a model reads: unpatched, cropped, and under each method.
 
@@ -148,9 +146,7 @@ def harness(
     model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
     seed: Annotated[int, typer.Option(help="Of documents and bootstrap.")] = 0,
     output: Annotated[Optional[Path], typer.Option(help="Folder for rows and tables.")] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure again.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the folder's scores; measure again.")] = False,
 ) -> None:
     """Run RULER, LongBench, BABILong or any other task of lm-eval under each method."""
     from rope_scaling.cli.evaluate import RunOptions
