@@ -17,7 +17,7 @@ class EvaluationConfig:
     lengths: list[int]
     """Lengths in tokens, ascending."""
     trained_length: int
-    """Tokens that the model reads as it arrives, `1x`."""
+    """Context length of the model as loaded, in tokens: `1x`."""
     factor: float
     """Factor that methods are patched with."""
     dtype: str

@@ -56,11 +56,11 @@ def curves_figure(curves: dict[str, list[np.ndarray]], trained_length: int, titl
     above.annotate(
         "trained length", (trained_length, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
     )
-    above.set(ylabel="loss, nats a token" + (", axis cut" if cut else ""), title=title)
+    above.set(ylabel="loss, nats per token" + (", axis cut" if cut else ""), title=title)
     for axes in below:
         _draw(axes, differences, edges, styles)
         axes.axhline(0, **styles[CROPPING])
-        axes.set(ylabel="difference to cropping, nats a token")
+        axes.set(ylabel="difference to cropping, nats per token")
         _logarithmic_beyond_a_tenth(axes)
     for axes in (above, *below):
         axes.axvline(trained_length, color="grey", linestyle=":")
@@ -182,7 +182,7 @@ def heat_figure(rows: list[dict[str, Any]], trained_length: int, title: str) -> 
         axes.set_title(method, fontsize=9)
     for axes in panels[len(methods) :]:
         axes.axis("off")
-    figure.colorbar(image, ax=panels.tolist(), label="share of answers right", shrink=0.6)
+    figure.colorbar(image, ax=panels.tolist(), label="accuracy", shrink=0.6)
     figure.suptitle(title)
     figure.supxlabel("length")
     figure.supylabel("depth of the needle, 0 = start of the text")

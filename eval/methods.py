@@ -147,7 +147,7 @@ def applicable(model: Any, specs: list[MethodSpec], factor: float) -> tuple[list
 
 
 def self_extend_to(factor: float) -> MethodSpec:
-    """Self-Extend in groups that reach `factor` trained lengths."""
+    """Self-Extend with groups large enough for `factor` trained lengths."""
     return _spec(from_dict({"name": "self_extend", **method_class("self_extend").sweep_fields(factor)}))
 
 

@@ -78,7 +78,7 @@ def evaluate(
             method, item, settings and versions are not measured again, so an unfinished run is resumed at the item
             where it stopped. Rows of other methods and tasks in it are kept.
         progress (callable, *optional*): Called after every item.
-        fresh (`bool`, *optional*): Measure everything anew. A run of other settings or weights in `output` is removed.
+        fresh (`bool`, *optional*): Measure everything again. Removes a run of other settings or weights in `output`.
 
     Returns:
         Rows as plain data, and the scores they were computed from.
@@ -98,7 +98,7 @@ def evaluate(
     methods = with_yarn(methods, config.factor)
     labels = [UNPATCHED, CROPPING, *(spec.label for spec in methods)]
     if twice := {label for label in labels if labels.count(label) > 1}:
-        raise RopeScalingError(f"Each method may stand in a table once; given twice: {', '.join(sorted(twice))}.")
+        raise RopeScalingError(f"Each method can be listed only once; given twice: {', '.join(sorted(twice))}.")
     for spec in methods:
         # Anything wrong with a method shows before the first is measured.
         with spec.patched(model, config.factor):
@@ -176,7 +176,7 @@ def _measure(
         measured.scores[name] = _score_all(part, saved, score, spec.label, progress, add_cost)
     if frequencies_sha256(model) != facts["frequencies_sha256"]:
         raise RopeScalingError(
-            f"The frequencies of {spec.label!r} changed while it was measured; its losses mean nothing."
+            f"The frequencies of {spec.label!r} changed while it was measured; its losses are not valid."
         )
     return measured
 

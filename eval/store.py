@@ -50,7 +50,7 @@ class Store:
                 if not fresh:
                     raise RopeScalingError(
                         f"The output folder {str(folder)!r} holds rows of another run: {', '.join(different)}. Give "
-                        "another `--output`, or `--fresh` to remove that run and measure everything anew."
+                        "another `--output`, or `--fresh` to remove that run and measure everything again."
                     )
                 _remove(folder, old)
                 old = {}
@@ -102,7 +102,7 @@ class Store:
                 file.write(json.dumps(cost, sort_keys=True) + "\n")
 
     def finish(self, rows: list[Row]) -> None:
-        """Rows of this call in the place of those of the same task and method, and beside all others."""
+        """Rows of this call in place of those of the same task and method, and beside all others."""
         if self.folder is None:
             return
         path = self.folder / "rows.jsonl"
@@ -140,7 +140,7 @@ def _remove(folder: Path, settings: dict[str, Any]) -> None:
 def _merged(old: list[Row], new: list[Row]) -> list[Row]:
     """Rows of two calls: by task, then by method, both in the order in which they came.
 
-    Of a method that has changed under its label, rows that are not measured anew are dropped, with a warning.
+    Of a method that has changed under its label, rows that are not measured again are dropped, with a warning.
     """
     measured = {(row["task"], row["method"]) for row in new}
     now = {row["method"]: row["method_sha256"] for row in new}
@@ -150,7 +150,7 @@ def _merged(old: list[Row], new: list[Row]) -> list[Row]:
     for task, method in dropped:
         warnings.warn(
             f"Removed the rows of {method!r} in {task!r}: {method!r} computes something else now. Evaluate {task!r} "
-            "again to measure them anew.",
+            "again.",
             stacklevel=2,
         )
     together = [row for row in others if (row["task"], row["method"]) not in dropped] + new

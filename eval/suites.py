@@ -73,4 +73,4 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     if not names:
         raise RopeScalingError("There is no task to evaluate. Give `--task` or `--suite`.")
     if twice := {name for name in names if names.count(name) > 1}:
-        raise RopeScalingError(f"Each task may stand in a run once; given twice: {', '.join(sorted(twice))}.")
+        raise RopeScalingError(f"Each task can be listed only once; given twice: {', '.join(sorted(twice))}.")

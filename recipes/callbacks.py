@@ -83,7 +83,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The signal reaches processes at different times, or one of them only, and saving takes all of them.
+        # Processes receive the signal at different times, or one of them only, and saving takes all of them.
         self.asked = any_process(self.asked, args.device)
         if self.asked:
             control.should_save = control.should_training_stop = True

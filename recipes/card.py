@@ -17,7 +17,7 @@ from rope_scaling.recipes.measure import STAGES
 def losses_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Header and one line a bucket of positions: perplexity at every stage, then what training changed, in nats."""
     found = {(row["stage"], row["against"], row["from"], row["to"]): row for row in rows if row["measure"] == "bucket"}
-    table = [["positions", "as it arrived", "patched", "trained", "trained - as it arrived", "trained - patched"]]
+    table = [["positions", "as loaded", "patched", "trained", "trained - as loaded", "trained - patched"]]
     for bucket, name in bucket_names(rows):
         perplexities = [perplexity_text(found[stage, "unpatched", *bucket]["nll"]) for stage in STAGES]
         changes = [difference_text(found["after", against, *bucket]) for against in ("unpatched", "before")]

@@ -40,7 +40,7 @@ Tokens = Annotated[int, BeforeValidator(_tokens)]
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig:
-    """The patch that the model is trained under; `method: null` trains the model as it arrives."""
+    """The patch that the model is trained under; `method: null` trains the model as loaded."""
 
     __pydantic_config__ = _STRICT
 
@@ -48,7 +48,7 @@ class PatchConfig:
     """A mapping with the method's `name` and its fields, as in `{name: yarn, beta_fast: 16}`; a list of these; or text
     as on the command line: `yarn`, `rerope+log_n`."""
     factor: float | None = None
-    """Target length over what the model reads as it arrives."""
+    """Target length divided by the context length of the model as loaded."""
     target_length: Annotated[int | str, BeforeValidator(_tokens_or_multiple)] | None = None
     """The same in tokens (`32768`, `32k`), or as `8x`."""
     original_max_position_embeddings: Tokens | None = None
@@ -150,7 +150,7 @@ class Recipe:
     s2_group_size: Tokens | None = None
     """Tokens of a group of S2 attention, while training."""
     chunk_size: Tokens | None = 512
-    """Tokens whose logits stand in memory at once; `null` for the model's own loss."""
+    """Tokens whose logits are in memory at once; `null` for the model's own loss."""
     train_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the weights that are trained; frozen ones are held in it too. `auto`: the checkpoint's, or float32 on a
     processor that is slow in it."""
@@ -194,7 +194,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         try:
             _set(data, path, yaml.safe_load(value) if value else None)
         except yaml.YAMLError:
-            raise RopeScalingError(f"What `{override}` sets is no YAML value.") from None
+            raise RopeScalingError(f"The value of `{override}` is not valid YAML.") from None
     return make_recipe(data)
 
 
@@ -215,7 +215,7 @@ def training_fields(given: dict[str, Any]) -> dict[str, Any]:
     """`given` with every value in its type.
 
     Raises:
-        RopeScalingError: a key is no field of `TrainingArguments`, or its value is not of the field's type.
+        RopeScalingError: a key is not a field of `TrainingArguments`, or its value is not of the field's type.
     """
     from transformers import TrainingArguments
 
@@ -253,7 +253,7 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
             data[section] = {}
         data = data[section]
         if not isinstance(data, dict):
-            raise RopeScalingError(f"`{path}`: `{section}` is no section of a recipe.")
+            raise RopeScalingError(f"`{path}`: `{section}` is not a section of a recipe.")
     data[name] = value
 
 

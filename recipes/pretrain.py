@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train()
 
-    model.config.use_cache = True  # the Trainer turns it off
+    model.config.use_cache = True  # the Trainer sets it to False
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     quality = {
@@ -232,7 +232,7 @@ def training_arguments(config: PretrainConfig, output_dir: Path) -> TrainingArgu
 def consecutive_windows(
     stream: torch.Tensor, tokenizer: PreTrainedTokenizerFast, length: int
 ) -> list[dict[str, torch.Tensor]]:
-    """The whole stream in windows of `length` tokens, each of which starts anew with a BOS."""
+    """The whole stream in windows of `length` tokens, each of which starts again with a BOS."""
     bos = torch.tensor([tokenizer.bos_token_id])
     windows = (torch.cat([bos, piece]) for piece in stream.split(length - 1) if len(piece) == length - 1)
     return [{"input_ids": window, "labels": window} for window in windows]
@@ -240,7 +240,7 @@ def consecutive_windows(
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, windows: list[dict[str, torch.Tensor]], texts: dict[str, str]) -> float:
-    """Bits that the model needs for a byte of the texts when it starts anew every trained length."""
+    """Bits that the model needs for a byte of the texts when it starts again every trained length."""
     model.eval()
     batches = torch.stack([window["input_ids"] for window in windows]).split(32)
     nats = sum(model(ids, labels=ids).loss.item() * ids[:, 1:].numel() for ids in batches)

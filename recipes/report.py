@@ -30,7 +30,7 @@ def collect(folder: Path) -> list[Row]:
         raise RopeScalingError(f"No finished run in {str(folder)!r}: no folder there holds a `rows.jsonl`.")
     if len({row["documents_sha256"] for row in rows}) > 1:
         raise RopeScalingError(
-            f"The runs in {str(folder)!r} were measured on different documents; they make no table."
+            f"The runs in {str(folder)!r} were measured on different documents; they cannot share a table."
         )
     return rows
 
@@ -44,9 +44,9 @@ def tables(rows: list[Row]) -> str:
     trained = rows[0]["trained_length"]
     first = _index(rows)
     plain = [perplexity_text(first["unpatched", "unpatched", "bucket", *bucket]["nll"]) for bucket, _ in buckets]
-    levels = [["recipe", "tokens", "minutes", *(name for _, name in buckets)], ["as it arrived", "", "", *plain]]
-    changes = [["recipe", "(0,1x], trained - as it arrived"]]
-    changes[0] += [f"{name}, trained - {what}" for _, name in buckets[-1:] for what in ("as it arrived", "patched")]
+    levels = [["recipe", "tokens", "minutes", *(name for _, name in buckets)], ["as loaded", "", "", *plain]]
+    changes = [["recipe", "(0,1x], trained - as loaded"]]
+    changes[0] += [f"{name}, trained - {what}" for _, name in buckets[-1:] for what in ("as loaded", "patched")]
     for recipe, its_rows in runs.items():
         found = _index(its_rows)
         cells = []

@@ -65,7 +65,7 @@ def finetune(recipe: Recipe, name: str, output_dir: Path, resume: bool = False) 
         Rows: losses by position of the unpatched model, before training, and after.
 
     Raises:
-        RopeScalingError: anything that the user can mend.
+        RopeScalingError: anything that the user can fix.
     """
     check_folder(output_dir, resume)
     arguments = training_arguments(recipe, output_dir)
@@ -218,7 +218,7 @@ class Rehearsal:
     """Patched."""
     tokenizer: Any
     trained: int
-    """Tokens that the model reads as it arrives."""
+    """Context length of the model as loaded, in tokens."""
     target: int
     """Tokens that it is to read."""
 
@@ -337,13 +337,13 @@ def prepare(recipe: Recipe, model: Any) -> Any:
 
 
 def finish(recipe: Recipe, trainer: Trainer, tokenizer: Any, dtype: torch.dtype, target: int) -> None:
-    """Saves what was trained, as a model or adapter that stands on its own."""
+    """Saves what was trained, as a model or adapter that loads without the trainer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.chunk_size is not None:
         remove_chunked_loss(model)
     if recipe.s2_group_size is not None:
         remove_s2_attention(model)
-    model.config.use_cache = True  # the Trainer turns it off
+    model.config.use_cache = True  # the Trainer sets it to False
     if recipe.lora is None and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         model.to(dtype)
     trainer.save_model()

@@ -14,7 +14,7 @@ class RopeScalingError(ValueError):
     """Something the user gave, or the model at hand, does not allow what was asked; the message says what would."""
 
     def __init__(self, message: str = ""):
-        # What was given stands in messages, and may be a list of a million numbers.
+        # Messages quote what was given, which may be a list of a million numbers.
         half = _LONGEST // 2
         super().__init__(message if len(message) <= _LONGEST else f"{message[:half]} ... {message[-half:]}")
 
@@ -42,7 +42,7 @@ _MOST_NAMES = 100
 def check_number(
     name: str, value: Any, *, at_least: float | None = None, above: float | None = None, at_most: float = 1e15
 ) -> float:
-    """`value` as a finite float within bounds; larger ones than `at_most` serve nobody, and overflow somewhere.
+    """`value` as a finite float within bounds; values above `at_most` are rejected, because they overflow downstream.
 
     Raises:
         RopeScalingError: `value` is not a number, not finite, or out of bounds.
@@ -80,7 +80,7 @@ def check_sequence(name: str, value: Any) -> tuple[Any, ...]:
     """`value` as a tuple of at least one item.
 
     Raises:
-        RopeScalingError: `value` is no list, or an empty one.
+        RopeScalingError: `value` is not a list, or is empty.
     """
     items = () if isinstance(value, (str, dict)) or not hasattr(value, "__iter__") else tuple(value)
     if not items:
@@ -103,7 +103,7 @@ def keep_whole(owner: Any, *names: str, check: Callable[[str, Any], int] = check
     """Checks fields of a frozen dataclass, and makes them `int`: divisions and JSON give floats.
 
     Raises:
-        RopeScalingError: one is no whole number as `check` wants it, nor `None` where the type has that.
+        RopeScalingError: a value is not a whole number as `check` requires it, nor `None` where the type has that.
     """
     for field in fields(owner):
         value = getattr(owner, field.name)

@@ -33,7 +33,7 @@ class RopeGeometry:
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise RopeScalingError(
-                "The rotary width must be even and at least 2, because dimensions turn in pairs; got "
+                "The rotary width must be even and at least 2, because dimensions rotate in pairs; got "
                 f"{self.rotary_dim}. Check `head_dim` and `partial_rotary_factor` in the model's config."
             )
         check_number("rope_theta", self.rope_theta, above=1.0)
@@ -53,7 +53,7 @@ def default_inv_freq(geometry: RopeGeometry, rope_theta: float | None = None) ->
         rope_theta (`float`, *optional*): Base `b`, in place of the model's own.
 
     Returns:
-        `torch.Tensor`: radians a token turns each pair, `[R / 2]`, float64.
+        `torch.Tensor`: radians per token of each pair, `[R / 2]`, float64.
     """
     exponents = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim  # [R / 2]
     return (rope_theta or geometry.rope_theta) ** -exponents

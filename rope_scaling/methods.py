@@ -109,7 +109,7 @@ def make_scaled(name: str, factor: float | None, arguments: Mapping[str, Any]) -
         return make_method(name, **arguments)
     check_names(scaled, cls, own)
     raise RopeScalingError(
-        f"{name!r} needs to know how far: give `factor` or `target_length`, as in `patch(model, {name!r}, factor=4)`."
+        f"{name!r} requires a length: give `factor` or `target_length`, as in `patch(model, {name!r}, factor=4)`."
     )
 
 
@@ -122,7 +122,7 @@ def parse(text: str) -> Method | Combination:
     A name is one of `METHODS`, in any case and spelling. Fields follow a colon, as `field=value` with commas between
     them or as one JSON object. A value is JSON, a word, tokens such as `32k`, a list in brackets, or a method in
     parentheses, as in `alternating:local=(lm_infinite:window=1k)`. `target_length`, `original_max_position_embeddings`
-    and `layer_types` may stand among the fields. Methods that go together are joined by `+`.
+    and `layer_types` may be given among the fields. Methods that go together are joined by `+`.
 
     Returns:
         `Method` or `Combination`: the method, if the text is one that is complete; otherwise a combination.
@@ -221,7 +221,7 @@ def _extent(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nested(cls: type[Method], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with methods in the place of their text or plain data.
+    """Fields with methods in place of their text or plain data.
 
     A wrapped method without its factor goes by its name, and its fields beside it.
     """

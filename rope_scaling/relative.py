@@ -60,8 +60,7 @@ def relative_positions(
     made = make_method(method, **arguments) if isinstance(method, str) else method
     if not isinstance(made, SpanMethod):
         raise RopeScalingError(
-            f"{getattr(made, 'name', made)!r} is no method of spans: every query sees every key at its true "
-            "distance, or is scaled as a whole."
+            f"{getattr(made, 'name', made)!r} is not a span method; it does not change relative positions."
         )
     if geometry is None:
         trained = check_length("trained_length", trained_length or max(length // 2, 1))

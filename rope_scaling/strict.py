@@ -21,7 +21,7 @@ def yaml_mapping(name: str, text: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RopeScalingError(f"{name!r} is no YAML: {' '.join(str(error).split())}") from None
+        raise RopeScalingError(f"{name!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise RopeScalingError(f"{name!r} must hold a mapping of fields; it holds {type(data).__name__}.")
     return data

@@ -124,7 +124,7 @@ def other_family(name, **changes):
 OTHER_FAMILIES = {
     "neighbours, part of the head": lambda: other_family("GlmConfig", head_dim=16, partial_rotary_factor=0.5),
     "neighbours": lambda: other_family("CohereConfig"),
-    "some layers do not turn": lambda: other_family("SmolLM3Config"),
+    "some layers do not rotate": lambda: other_family("SmolLM3Config"),
     "part of the head": lambda: strong("phi"),
     "learned sinks": lambda: other_family("GptOssConfig", head_dim=16, num_local_experts=4, sliding_window=32),
     "soft-capped scores": lambda: make_model("gemma2", initializer_range=0.15, sliding_window=48),

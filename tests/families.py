@@ -1,5 +1,5 @@
-"""Every language model of the installed Transformers that turns queries and keys, as a tiny random model, and whether
-patches do to it what they should. `python tests/families.py` writes `docs/families.md`.
+"""Every language model of the installed Transformers that rotates queries and keys, as a tiny random model, and
+whether patches do to it what they should. `python tests/families.py` writes `docs/families.md`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Halved(SpanMethod):
 
 @cache
 def families():
-    """Model types whose modelling code turns queries and keys; those that only wrap another one are left out."""
+    """Model types whose modelling code rotates queries and keys; those that only wrap another one are left out."""
     found = []
     for model_type, name in NAMES.items():
         source = inspect.getsource(importlib.import_module(_model_class(name).__module__))
@@ -290,21 +290,21 @@ def _windows(model, before, steady):
         if not (program.silent or _recurs(model)):
             ids = tokens()
             ids[0, 10] = (ids[0, 10] + 1) % 60
-            reach = 10 + layers * (WINDOW - 1)
+            last = 10 + layers * (WINDOW - 1)
             if all(layer.scaled for layer in program.layers):
-                assert alike(logits(model, ids)[reach + 1 :], after[reach + 1 :]), "a key beyond every window is seen"
+                assert alike(logits(model, ids)[last + 1 :], after[last + 1 :]), "a key beyond every window is seen"
             assert not alike(logits(model, ids)[10 : 10 + WINDOW], after[10 : 10 + WINDOW])
     finally:
         rope_scaling.unpatch(model)
 
 
 def _both_sides(model, after):
-    """A token in the middle changes those that windows reach, before and after it, and no others."""
+    """A token in the middle changes those that windows cover, before and after it, and no others."""
     ids, middle = tokens(), LENGTH // 2
     ids[0, middle] = (ids[0, middle] + 1) % 60
-    changed, reach = logits(model, ids), model.config.num_hidden_layers * (WINDOW - 1)
-    assert reach < middle - 1
-    for beyond in (slice(0, middle - reach), slice(middle + reach + 1, None)):
+    changed, distance = logits(model, ids), model.config.num_hidden_layers * (WINDOW - 1)
+    assert distance < middle - 1
+    for beyond in (slice(0, middle - distance), slice(middle + distance + 1, None)):
         assert alike(changed[beyond], after[beyond]), "a token beyond every window is seen"
     for within in (slice(middle - WINDOW + 1, middle), slice(middle + 1, middle + WINDOW)):
         assert not alike(changed[within], after[within]), "the window looks one way only"
@@ -385,7 +385,7 @@ def _count(lines, kind):
     counts = [sum(one.split("|")[column].strip() == "works" for one in built) for column in (2, 3, 4)]
     names = ("frequencies", "distances", "windows")
     said = ", ".join(f"{name} on {count}" for name, count in zip(names, counts, strict=True))
-    return f"Of {len(built)} {kind} that turn and could be built: {said}."
+    return f"Of {len(built)} {kind} with RoPE that could be built: {said}."
 
 
 if __name__ == "__main__":

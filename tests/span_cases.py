@@ -62,5 +62,5 @@ SPAN_CASES = {
 
 
 def methods_of(name, num_pairs):
-    """The methods of a case for a model that turns so many pairs."""
+    """The methods of a case for a model that rotates so many pairs."""
     return [one(num_pairs) if callable(one) else one for one in SPAN_CASES[name]]

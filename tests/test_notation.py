@@ -427,7 +427,7 @@ RECORDS = json.loads((GOLDEN / "format_2" / "records.json").read_text())
             "alternating:local=(rerope),everywhere=(rerope:window=9)",
         ),
         ("longrope(factor=8, long_factor=<32 numbers>)", "longrope:factor=8,long_factor=<32 values>"),
-        ("not patched; arrived with llama3(factor=8)", "not patched; arrived with llama3:factor=8"),
+        ("not patched; loaded with llama3(factor=8)", "not patched; loaded with llama3:factor=8"),
         ("not patched", "not patched"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     assert all(Path(path).is_relative_to(site) for path in where.stdout.split())
     described = run("-m", "rope_scaling.cli.main", "describe", "demo", "--method", "yarn", "--factor", "8")
     assert described.returncode == 0, described.stderr
-    assert "256 trained, 256 as it arrived, 2048 now" in described.stdout
+    assert "256 trained, 256 as loaded, 2048 now" in described.stdout
     listed = run(
         "-c",
         "from importlib import resources; print([f.name for f in resources.files('rope_scaling.recipes').iterdir()])",

@@ -39,7 +39,7 @@ model, tokenizer = (kind.from_pretrained({DEMO}) for kind in (AutoModelForCausal
 
 
 def python_in(text):
-    """The Python blocks of a page, as one program, with the embedded model in the place of the one on the hub."""
+    """The Python blocks of a page, as one program, with the embedded model in place of the one on the hub."""
     program = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     assert program
     return program.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', DEMO)
@@ -148,7 +148,7 @@ def test_counts_of_families_are_those_of_the_table():
         r"Of (\d+) causal .*: frequencies on (\d+), distances on (\d+), windows on (\d+)", table
     ).groups()
     assert distances == windows
-    assert f"Of {families} families that turn queries and keys" in " ".join(README.split())
+    assert f"Of {families} families that rotate queries and keys" in " ".join(README.split())
     assert f"frequencies can be changed on {frequencies}, attention on {distances};" in " ".join(README.split())
 
 

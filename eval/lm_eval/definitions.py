@@ -20,7 +20,7 @@ RULER = (
     *("niah_multiquery", "niah_multivalue", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot"),
 )
 BABILONG = tuple(f"babilong_qa{number}" for number in range(1, 6))
-"""Those whose facts stand in a haystack; the others of the twenty are short."""
+"""The tasks whose facts are hidden in a haystack; the others of the twenty are short."""
 _ONE_IS_ENOUGH = ("ruler_qa_squad", "ruler_qa_hotpot")
 _BABILONG_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Thousands of GPT-2's tokens."""

@@ -86,7 +86,7 @@ def make_ruler(
 
 class _Generator:
     """A process with lm-eval's generators, which forks for each length: loading any of them sorts six million words
-    first, and what one length leaves in random states does not reach another."""
+    first, and what one length leaves in random states does not affect another."""
 
     def __init__(self, seed: int):
         self._command = [sys.executable, "-m", __name__, str(seed)]
@@ -134,7 +134,7 @@ def main(seed: str) -> None:
     for line in sys.stdin:
         child = os.fork()
         if not child:
-            random.setstate(state)  # Python seeds a fork anew
+            random.setstate(state)  # Python seeds a fork again
             with os.fdopen(out, "w") as stream:
                 stream.write(_documents(*json.loads(line)) + "\n")
             os._exit(0)

@@ -5,8 +5,8 @@ What goes wrong in silence when a long-context model is handed over as it is, do
 - A prompt that is longer than the model is given room for is left out and counted, or an error. lm-eval cuts its
   beginning off, needle and instruction first.
 - RULER and BABILong are run length by length. With several lengths at once, `limit` scores the first one only.
-- Other tasks' documents stand at the shortest length that holds them, so that what is read beyond the trained length
-  is not averaged with what is not.
+- Documents of other tasks are counted at the shortest length that holds them, so that texts beyond the trained length
+  are not averaged with shorter ones.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _token_counts(task: Any, tokenizer: Any) -> Iterator[int]:
 
 
 def _score(model: Any, item: HarnessDocument, crop: int | None) -> np.ndarray:
-    # `simple_evaluate` reads lm-eval's thousands of tasks anew in every call.
+    # `simple_evaluate` reads lm-eval's thousands of tasks again in every call.
     from lm_eval.api import task as building
     from lm_eval.evaluator import evaluate
     from transformers import set_seed
@@ -268,7 +268,8 @@ def _score(model: Any, item: HarnessDocument, crop: int | None) -> np.ndarray:
     values = [sample.get(metric) for metric in item.metrics]
     if not all(isinstance(value, int | float) for value in values):
         raise RopeScalingError(
-            f"The metrics of {name!r} are no numbers a document ({dict(zip(item.metrics, values, strict=True))}), so "
-            "they cannot be compared document by document. Save the patched model and run lm-eval itself."
+            f"The metrics of {name!r} are not one number per document "
+            f"({dict(zip(item.metrics, values, strict=True))}), so they cannot be compared "
+            "document by document. Save the patched model and run lm-eval itself."
         )
     return np.array(values, dtype=np.float64)

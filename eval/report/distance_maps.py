@@ -85,7 +85,7 @@ def draw_map(name: str, arguments: dict[str, Any], length: int, trained_length: 
     from rope_scaling.relative import relative_positions
 
     trained = trained_length or max(length // 2, 1)
-    # A base at which the slowest pair turns a quarter within the trained length, as in usual models.
+    # A base at which the slowest pair makes a quarter rotation within the trained length, as in usual models.
     geometry = RopeGeometry(
         rotary_dim=32, rope_theta=max(trained * 0.6366, 2.0) ** (16 / 15), original_max_position_embeddings=trained
     )
@@ -100,7 +100,7 @@ def draw_map(name: str, arguments: dict[str, Any], length: int, trained_length: 
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(float(distances.nan_to_num(0).max()), trained))
         axis.axhline(trained - 0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="key position", ylabel="query position")
-    figure.colorbar(image, ax=axes[0].tolist(), label="distance that the pair sees, tokens", shrink=0.85)
+    figure.colorbar(image, ax=axes[0].tolist(), label="relative position, tokens", shrink=0.85)
     given = ", ".join(f"{key}={value}" for key, value in arguments.items())
     figure.suptitle(f"{name}({given}), trained length {trained} (dotted)")
     return figure

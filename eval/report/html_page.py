@@ -55,7 +55,7 @@ def _html(sections: list[dict[str, Any]]) -> str:
 
 
 def _csv(rows: list[Row]) -> str:
-    """Plain columns; what is nested stands in its cell as JSON."""
+    """Plain columns; nested values are written as JSON."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns)

@@ -46,7 +46,7 @@ def read_runs(folders: list[Path], *, mixed: bool = False) -> list[Run]:
         if joined is None:
             if runs and not mixed:
                 raise RopeScalingError(
-                    f"{str(run.folders[0])!r} and {str(runs[0].folders[0])!r} make no common table: they differ in "
+                    f"{str(run.folders[0])!r} and {str(runs[0].folders[0])!r} cannot share a table: they differ in "
                     f"{', '.join(_differences(runs[0], run))}. Give `--mixed` for a section each."
                 )
             runs.append(run)

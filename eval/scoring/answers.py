@@ -29,7 +29,7 @@ class Question:
     ids: list[int]
     answer: list[int]
     depth: float | None = None
-    """Where in the text the answer stands, from 0 (its start) to 1 (its end)."""
+    """Position of the answer in the text, from 0 (its start) to 1 (its end)."""
 
 
 @dataclass(frozen=True)

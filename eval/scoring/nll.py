@@ -51,7 +51,7 @@ def nll_curve(model: Any, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
         ).logits
         targets = ids[:, start + 1 : end + 1]
         losses.append(_cross_entropy(logits.flatten(0, 1), targets.flatten()).view(rows, -1).cpu())
-        del logits  # or they would stand beside the next chunk's
+        del logits  # or both chunks' logits would be in memory at once
     return torch.cat(losses, dim=1)
 
 
@@ -94,7 +94,7 @@ def windowed_nll_curve(
     Args:
         model (`nn.Module`): A causal language model.
         ids (`torch.Tensor`): Token ids of one document, `[T]`.
-        plain (`torch.Tensor`): What stands in the curve for tokens of the first window, `[T - 1]`.
+        plain (`torch.Tensor`): Losses of the uncropped pass, used for tokens of the first window, `[T - 1]`.
         window (`int`): Tokens of a window.
         stride (`int`): Tokens from one window to the next, less than `window`.
         chunk_size (`int`): Tokens of a forward call.

@@ -1,4 +1,4 @@
-"""What a task is: it makes items, scores a model on one of them, turns scores into rows, and shows rows.
+"""What a task is: it makes items, scores a model on one of them, makes rows of scores, and shows rows.
 
 A task of your own is a subclass of `Task` or of a kind of task (`CurveTask`, `PromptTask`, `RetrievalTask`); a line in
 `TASKS` makes it known to the command line, suites and reports.

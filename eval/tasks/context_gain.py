@@ -1,4 +1,4 @@
-"""Whether a model uses the context it can reach: the same last tokens, with more and more before them."""
+"""Whether a model uses its context: the same last tokens, with more and more text before them."""
 
 from __future__ import annotations
 

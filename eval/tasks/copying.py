@@ -1,4 +1,4 @@
-"""Retrieval that even a very small model learns: repeat what stands far back, look a key of a table up."""
+"""Retrieval that even a very small model learns: repeat text from far back, look up a key in a table."""
 
 from __future__ import annotations
 

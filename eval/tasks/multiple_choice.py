@@ -199,7 +199,7 @@ class MultipleChoice(PromptTask):
         """Accuracy by length, over a line for chance."""
         task = rows[0]["task"]
         title = f"{task}: how often the right choice is the most likely, with 95% intervals"
-        figure = lengths_figure(rows, "accuracy", rows[0]["trained_length"], title, "share of items")
+        figure = lengths_figure(rows, "accuracy", rows[0]["trained_length"], title, "accuracy")
         figure.axes[0].axhline(np.mean([row["chance"] for row in rows]), color="grey", linestyle=":")
         yield Picture(task, figure, "how often the right choice is the most likely, by length; dotted, by chance")
 
@@ -266,6 +266,6 @@ def _preferred(scores: Sequence[np.ndarray], right: Sequence[int], normalised: b
 
 
 def _normalised(row: Row) -> Row:
-    """The row with the numbers per token in the place of the others."""
+    """The row with the numbers per token in place of the others."""
     ends = {f"accuracy{end}": row[f"accuracy_norm{end}"] for end in ("", "_low", "_high")}
     return row | {"correct": row["correct_norm"], **ends}

@@ -58,7 +58,7 @@ class _Niah(RetrievalTask):
 
 
 def hide(filler: Filler, needles: Sequence[tuple[float, list[int]]]) -> list[int]:
-    """The filler with needles in it: pairs of a depth, ascending, and tokens. Each stands where a sentence begins."""
+    """The filler with needles in it: pairs of a depth, ascending, and tokens. Each begins at a sentence."""
     cuts = filler.cuts
     text, last = list[int](), 0
     for depth, ids in needles:

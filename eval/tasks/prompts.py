@@ -115,7 +115,7 @@ class Writer:
         return self.source.encode(text)
 
     def question(self, text: str, answer: str, depth: float | None = None) -> Question:
-        """A question and its answer, tokenised together as they will stand in the text.
+        """A question and its answer, tokenised together, as they appear in the text.
 
         Raises:
             RopeScalingError: the tokenizer merges the end of the question with the beginning of the answer.
@@ -132,7 +132,7 @@ class Writer:
         """That many tokens of the text, from a random place where a sentence begins.
 
         Raises:
-            RopeScalingError: what has to stand in the prompt beside it leaves no room.
+            RopeScalingError: the fixed parts of the prompt leave no room for it.
         """
         self.check_room(length)
         starts = self.cuts[self.cuts <= len(self.filler.ids) - length]

@@ -102,7 +102,7 @@ class _Windowed(_Protocol):
         return np.concatenate([self._length(model, item, length, length, config) for length in lengths])
 
     def score_cropped(self, model: Any, item: Document, plain: np.ndarray, config: EvaluationConfig) -> np.ndarray:
-        """Windows no longer than the trained length stand in for longer ones."""
+        """Windows longer than the trained length are replaced by windows of the trained length."""
         trained = config.trained_length
         longer = [length for length in config.lengths if trained < length <= len(item.ids)]
         parts = [plain[plain[:, 0] <= trained]]

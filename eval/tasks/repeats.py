@@ -25,7 +25,7 @@ from rope_scaling.eval.tasks.source import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats(CurveTask):
-    """Loss beyond the trained length, on tokens that repeat what stood more than that far back and on the others.
+    """Loss beyond the trained length, on tokens that repeat text from more than that far back, and on all others.
 
     A token repeats if it ends the same `ngram` tokens as an earlier one. What counts is the last time: if that lies
     inside the trained length, cropping has it too, and the token is one of the others. Scores are those of the
@@ -33,7 +33,7 @@ class Repeats(CurveTask):
     """
 
     name: ClassVar[str] = "repeats"
-    about: ClassVar[str] = "loss beyond 1x on what stood in the text before, more than 1x back, and on the rest"
+    about: ClassVar[str] = "loss beyond 1x on tokens that repeat text from more than 1x back, and on all others"
 
     place: ClassVar[int] = 2
 
@@ -72,7 +72,7 @@ class Repeats(CurveTask):
         """Perplexity of both kinds of tokens, and the difference to cropping."""
         counts = {row["measure"]: row["tokens"] for row in rows}
         title = (
-            f"Perplexity beyond 1x of the {counts.get('repeats', 0):,} tokens that repeat what stood more than 1x "
+            f"Perplexity beyond 1x of the {counts.get('repeats', 0):,} tokens that repeat text from more than 1x "
             f"back, and of the {counts.get('others', 0):,} others"
         )
         difference = f"Repeats and others: difference to {CROPPING}, nats a token, 95% interval"
@@ -91,8 +91,7 @@ class Repeats(CurveTask):
 
 
 _NOTE = (
-    "Far repeats are tokens that stood in the text before, more than 1x back, out of cropping's sight: what copying "
-    "gains."
+    "Far repeats are tokens that repeat text from more than 1x back, which cropping cannot see: what copying gains."
 )
 
 
@@ -108,7 +107,7 @@ def _lines(rows: list[Row], text: Callable[[Row], str], omit: str = "") -> list[
 
 
 def far_repeats(ids: Sequence[int], ngram: int, distance: int) -> np.ndarray:
-    """Which tokens end an n-gram that stood in the text before, for the last time more than `distance` tokens back.
+    """Which tokens end an n-gram that occurred before, for the last time more than `distance` tokens back.
 
     Args:
         ids (sequence of `int`): Tokens of a text.

@@ -1,4 +1,4 @@
-"""Tasks whose answers stand in the text: right if greedy decoding would write them."""
+"""Tasks whose answers are in the text: right if greedy decoding would write them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RetrievalTask(PromptTask):
         task, trained = rows[0]["task"], rows[0]["trained_length"]
         if by_length := [row for row in rows if row["measure"] == "length"]:
             title = f"{task}: share of answers right, with 95% intervals"
-            figure = lengths_figure(by_length, "accuracy", trained, title, "share of answers right")
+            figure = lengths_figure(by_length, "accuracy", trained, title, "accuracy")
             yield Picture(task, figure, task.replace("_", " "))
         if cells := [row for row in rows if row["measure"] == "cell"]:
             figure = heat_figure(cells, trained, f"{task}: answers found, by length and depth")

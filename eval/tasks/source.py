@@ -15,7 +15,7 @@ class Source:
     """Where a run's texts come from."""
 
     texts: Callable[[], Iterable[tuple[str, str]]]
-    """Gives names and texts, anew at every call."""
+    """Gives names and texts, again at every call."""
     tokenizer: Any
     pieces: bool = False
     """Cut texts into as many documents of the longest length as they hold."""
@@ -23,7 +23,7 @@ class Source:
     folder: Path | None = None
     """Where tasks keep what is expensive to prepare, each in the sub-folder `Task.keeps`."""
     fresh: bool = False
-    """Measure anew what the folder keeps."""
+    """Measure again what the folder keeps."""
     shared: dict[str, Any] = field(default_factory=dict)
     """What tasks of one run make once and share, by name."""
     _documents: dict[tuple[int, ...], Documents] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""Attention from spans: the dense law, and the fast paths that agree with it."""
+"""Attention from spans: the dense reference implementation, and the fast engines tested against it."""

@@ -2,7 +2,7 @@
 
 It computes what the stock kernels do not (soft-capped scores, values of another width than keys), and is what a
 compiler takes whole. What depends on the positions of a call (bounds of the spans, rotations, temperatures) is then
-computed outside of the graph, by one operator. Everything is differentiable as it stands, the log-sum-exp included.
+computed outside of the graph, by one operator. Everything is differentiable, the log-sum-exp included.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def tables(plan: Plan, rows: int, length: int, keys: int) -> tuple[torch.Tensor,
 
     Returns:
         `tuple`: first and last key of every query, `[spans, 2, rows, length]` (int64; the last before the first for
-        queries of no segment); gain times cosine and sine of what rotates queries, `[spans, 2, rows, length, R / 2]`,
+        queries of no segment); query rotations as gain times cosine and sine, `[spans, 2, rows, length, R / 2]`,
         and keys, `[spans, 2, rows, keys, R / 2]` (float32); the queries' temperature, `[rows, length]` (float32).
     """
     spans, pairs = len(plan.spans), len(plan.inv_freq)

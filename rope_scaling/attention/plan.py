@@ -79,7 +79,7 @@ class Plan:
         return self.memo[key]  # type: ignore[no-any-return]
 
     def key_range(self, segment: Segment, span: Span) -> tuple[int, int, bool]:
-        """First key, last key + 1 that spans with this span's key angles reach, and whether the last query does."""
+        """First key, last key + 1 covered by spans with this span's key angles, and whether the last query's is."""
         key = ("range", segment, span.key)
         if key not in self.memo:
             bounds = [segment.bounds(other) for other in self.spans if other.key is span.key]

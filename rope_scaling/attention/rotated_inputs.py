@@ -77,7 +77,7 @@ class Inputs:
         return self._keys[id(span.key)][:, :, first - start : last - start]
 
     def forget(self, begin: int) -> None:
-        """Lets go of rotated keys that no tile after the one at `begin` needs, or that it rotates anew."""
+        """Lets go of rotated keys that no tile after the one at `begin` needs, or that it rotates again."""
         if self._owned_keys:
             self._keys = {}
             return

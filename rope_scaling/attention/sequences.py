@@ -247,7 +247,7 @@ def _unmasked(rows: int, total: int, mask: torch.Tensor | None) -> list[tuple[in
     if mask.ndim != 2 or mask.shape[0] not in (1, rows) or mask.shape[1] < total or odd:
         raise RopeScalingError(
             f"`attention_mask` must be 1 for tokens and 0 for padding, with shape {(rows, total)}; got shape "
-            f"{tuple(mask.shape)}, {mask.dtype}. What a query sees beyond that, the method decides."
+            f"{tuple(mask.shape)}, {mask.dtype}. Any other visibility rule must come from the span method."
         )
     seen = mask[:, :total].detach().bool()
     ends = [seen.int().argmax(1), total - seen.flip(1).int().argmax(1), seen.sum(1)]
@@ -260,7 +260,7 @@ def _unmasked(rows: int, total: int, mask: torch.Tensor | None) -> list[tuple[in
         begin, end, count = first[at], last[at], counts[at]
         if count and end - begin != count:
             raise RopeScalingError(
-                f"`attention_mask` masks tokens in the middle of row {row}. Padding may stand on the left, or on the "
+                f"`attention_mask` masks tokens in the middle of row {row}. Padding may be on the left, or on the "
                 "right as long as nothing follows it."
             )
         found.append((begin, end) if count else (total, total))

@@ -1,6 +1,6 @@
 """Cutting spans into rectangles and triangles that stock attention kernels compute without a mask.
 
-Within a run of queries over which each end of an interval stands still or moves one key a query, a span is a rectangle
+Within a run of queries over which each end of an interval stays or moves by one key per query, a span is a rectangle
 that all of these queries see, and at each moving end a triangle. A triangle at the far end is causal attention; one at
 the near end is causal attention with queries and keys in reverse.
 """
@@ -22,7 +22,7 @@ from rope_scaling.spans import Angles, Span
 TILE = 2112
 """Queries of a tile. On the CPU half or twice as many take the same time (`benchmarks/levers.py`)."""
 CHAIN_TILE = 2304
-"""The same where spans are rotated one from another, which begins anew with every tile."""
+"""The same where spans are rotated one from another, which begins again with every tile."""
 CUTS = ((64, 32), (384, 64), (math.inf, 192))
 """Keys of a band, the interval that moves with the query at both ends, and up to there queries of a cut of it. All
 cuts go through one kernel call, under one mask; the wider a cut, the more of it is masked, and from 192 queries on
@@ -54,7 +54,7 @@ class Schedule:
     tiles: list[tuple[int, int, list[Piece]]]
 
     def reach(self, spans: list[Span], key: Angles | None) -> int:
-        """How many keys the spans that rotate them by `key` reach."""
+        """How many keys are covered by the spans that rotate them by `key`."""
         pieces = (piece for _, _, tile in self.tiles for piece in tile)
         return max((piece.last for piece in pieces if spans[piece.span].key is key), default=0)
 

@@ -204,7 +204,7 @@ def _factor(factor: float | None, target_length: int | str | None, longest: int,
     if target_length is not None:
         length = in_tokens("target_length", target_length, trained)
         if length < trained:
-            raise RopeScalingError(f"`--target-length` is {length}, but the model reads {trained} tokens as it is.")
+            raise RopeScalingError(f"`--target-length` is {length}, but the context length as loaded is {trained}.")
         return length / trained
     return check_number("factor", factor, at_least=1.0) if factor is not None else max(longest / trained, 1.0)
 
@@ -275,7 +275,7 @@ def _say_what_was_found(measured: list[Measured], folder: Path) -> None:
         total = sum(len(scores) for method in measured for scores in method.scores.values())
         print(
             f"{reused} of {total} scores were found in {folder}, measured before with the same weights, settings and "
-            "versions. `--fresh` measures them anew."
+            "versions. `--fresh` measures them again."
         )
 
 

@@ -59,4 +59,4 @@ def run(
         print(f"{file}: llama-server -m {file} -c {model.config.max_position_embeddings}")
         return
     folder = export(model, out, target, load_tokenizer(name))
-    print(f"{folder}: for {TARGETS[target]}; how to serve it stands in its README.md.")
+    print(f"{folder}: for {TARGETS[target]}; its README.md says how to serve it.")

@@ -96,7 +96,7 @@ def evaluate(
         Optional[Path],
         typer.Option(help="Folder for rows, scores, table and plot. [default: runs/evaluate-MODEL-SETTINGS]"),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the folder's scores; measure again.")] = False,
 ) -> None:
     """Measure how far a model reads: unpatched, cropped, and under each method.
 
@@ -146,7 +146,7 @@ def harness(
     model_name: Annotated[Optional[str], typer.Option(help="What rows call the model. [default: --model]")] = None,
     seed: Annotated[int, typer.Option(help="Of documents and bootstrap.")] = 0,
     output: Annotated[Optional[Path], typer.Option(help="Folder for rows and tables.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Use no scores that the folder holds; measure anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the folder's scores; measure again.")] = False,
 ) -> None:
     """Run RULER, LongBench, BABILong or any other task of lm-eval under each method."""
     from rope_scaling.cli.evaluate import RunOptions
@@ -183,7 +183,7 @@ def report(
         typer.Option(help="Exit with 1 if a method meets this: 'usable_length < 4x', 'yarn: tax > 0.02'; repeatable."),
     ] = None,
 ) -> None:
-    """Turn the rows of runs into one page, Markdown, CSV and pictures."""
+    """Write the rows of runs as one page, Markdown, CSV and figures."""
     from rope_scaling.cli import report as command
 
     raise typer.Exit(command.run(run, output, mixed, fail_if or []))
@@ -310,7 +310,7 @@ def doctor(
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Runs the command line; anything the user can mend ends in one line on standard error and exit status 2."""
+    """Runs the command line; anything the user can fix ends in one line on standard error and exit status 2."""
     command = typer.main.get_command(app)
     try:
         with warnings.catch_warnings():

@@ -33,7 +33,7 @@ def check_files(source: Source, target_length: int | None) -> Iterator[Finding]:
             "RS206",
             f"`max_length` in `generation_config.json` is {stop}: prompt and answer together end there, and the model "
             f"is to read {length} tokens.",
-            "Take it out, or raise it.",
+            "Remove it, or raise it.",
         )
 
 
@@ -48,8 +48,8 @@ def _record(record: object, guarded: bool) -> Iterator[Finding]:
     if guarded:
         yield found(
             "RS201",
-            f"Saved under {' + '.join(map(str, methods))}, which lives in attention: plain Transformers and servers "
-            "refuse to load it, so that nobody runs it without.",
+            f"Saved under {' + '.join(map(str, methods))}, which changes attention: plain Transformers and servers "
+            "refuse to load it, so that it is never run without the patch.",
             "Load it with `rope_scaling.from_pretrained`; `rope-scaling export` names the nearest method for servers.",
         )
 
@@ -66,7 +66,7 @@ def _adapter(adapter: dict, source: Source) -> Iterator[Finding]:
     yield found(
         "RS204",
         f"`adapter_config.json` does not say under which scaling the adapter was trained. On its base ({base}) it "
-        f"gets {scaling}; trained under another, it answers wrongly and says nothing.",
-        "Ask whoever trained it; patch the base so, load the adapter on it, and save it with "
-        "`rope_scaling.record_adapter`, which writes the scaling down.",
+        f"gets {scaling}; if it was trained with other scaling, its outputs are silently wrong.",
+        "Ask its author; patch the base in the same way, load the adapter on it, and save it with "
+        "`rope_scaling.record_adapter`, which records the scaling.",
     )

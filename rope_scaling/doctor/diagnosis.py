@@ -113,12 +113,14 @@ def _skeleton(source: Source, findings: list[Finding]) -> tuple[Checkpoint | Non
     except Exception as error:  # a config that reads may still build no model, in any way
         if (cause := cause_of(error)).kind in ("memory", "network"):  # the config may well be right
             raise RopeScalingError(f"Cannot build {source.name!r}: {cause}") from error
-        return None, [found("RS114", f"No model can be built from the config: {error}", "Mend `config.json`.")]
+        return None, [found("RS114", f"No model can be created from the config: {error}", "Fix `config.json`.")]
     if RECORD_KEY in source.text:
         try:
             patch(model)
         except RopeScalingError as error:
-            return None, [found("RS203", str(error), "Patch the base model anew, or take the folder as it was saved.")]
+            return None, [
+                found("RS203", str(error), "Patch the base model again, or take the folder as it was saved.")
+            ]
     try:
         return read_checkpoint(model), []
     except RopeScalingError:  # no RoPE

@@ -43,16 +43,16 @@ def check_part(source: Source, kind: str, where: str, written: dict, read: dict)
         yield from _before_linear(source, factor, where)
     if not is_length(original) or not is_number(factor):
         return
-    reached = original * factor
+    product = original * factor
     # Some round the length down a little: 128000 for 131072.
-    if kind in ("yarn", "longrope") and factor > 1 and not 0.95 * reached <= length <= reached + 1:
+    if kind in ("yarn", "longrope") and factor > 1 and not 0.95 * product <= length <= product + 1:
         equal = " The length was not raised with the factor, so tools that go by it stop at the trained length."
         other = f", or `factor` to {length / original:g}, whichever the model was trained with"
         yield found(
             "RS103",
-            f"`original_max_position_embeddings` {original} times `factor` {factor:g} is {reached:g}, but "
+            f"`original_max_position_embeddings` {original} times `factor` {factor:g} is {product:g}, but "
             f"`max_position_embeddings` is {length}{where}.{equal if length == original else ''}",
-            f"Set `max_position_embeddings` to {reached:.0f}{other if length > original else ''}.",
+            f"Set `max_position_embeddings` to {product:.0f}{other if length > original else ''}.",
         )
     if kind == "llama3" and original >= length:
         yield found(

@@ -55,7 +55,7 @@ def _frequencies(slot: Slot, patch: Patch | None) -> Iterator[Finding]:
     if not torch.isfinite(frequencies).all() or bool((frequencies.abs() > 1e6).any()) or not frequencies.any():
         yield found(
             "RS402",
-            f"The frequencies in `{slot.path}` are no numbers to turn by: {frequencies[:3].tolist()}... Something "
+            f"The frequencies in `{slot.path}` are not valid numbers: {frequencies[:3].tolist()}... Something "
             "built the model without filling its buffers.",
             "Load it with `from_pretrained`, which fills them in.",
         )
@@ -64,8 +64,8 @@ def _frequencies(slot: Slot, patch: Patch | None) -> Iterator[Finding]:
         yield found(
             "RS403",
             f"The frequencies in `{slot.path}` were rounded to {slot.inv_freq.dtype}, so angles at long distances are "
-            "off by whole turns.",
-            "Load with `dtype=...` in the place of `.to(...)` or `.half()`; `patch` brings them back in float32.",
+            "off by whole rotations.",
+            "Load with `dtype=...` in place of `.to(...)` or `.half()`; `patch` brings them back in float32.",
         )
         return
     wanted = _wanted(slot, patch)
@@ -75,8 +75,8 @@ def _frequencies(slot: Slot, patch: Patch | None) -> Iterator[Finding]:
         kind = slot.part_of(rope_parameters_of(slot.config))["rope_type"]
         yield found(
             "RS401",
-            f"`{slot.path}` turns by other frequencies than the config states ({kind!r}). Transformers computes them "
-            "when it builds a model; a config that is edited later changes nothing.",
+            f"`{slot.path}` rotates with other frequencies than the config states ({kind!r}). Transformers computes "
+            "them when it builds a model; a config that is edited later changes nothing.",
             "Load the model again and patch it: `rope_scaling.patch(model, ...)` changes both and verifies it.",
         )
 

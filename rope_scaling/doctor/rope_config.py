@@ -27,7 +27,7 @@ _NEEDS = {
 }
 _TAKES = {
     "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    # The last two are read by vLLM and SGLang in the place of `attention_factor`.
+    # The last two are read by vLLM and SGLang in place of `attention_factor`.
     "longrope": {"attention_factor", "factor", "short_mscale", "long_mscale"},
     "proportional": {"factor"},
 }
@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = {"beta_fast": 32, "beta_slow": 1, "truncate": True} | dict.fro
 _BEFORE_BASES = r"4\.([0-9]|[12][0-9]|3[0-2])\."
 """Versions of Transformers in which Llama's config had no base: it was 10000 for every model."""
 _DROPS_CACHE = {"phi3", "phimoe", "phi4_multimodal"}
-"""Models whose code starts anew when a text outgrows the short factors."""
+"""Models whose code starts again when a text outgrows the short factors."""
 
 
 def check_settings(source: Source, target_length: int | None) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def check_settings(source: Source, target_length: int | None) -> Iterator[Findin
     unknown = [*_types(source)]
     yield from unknown
     if source.refusal and not unknown:
-        yield found("RS114", source.refusal, "Mend what it names in `config.json`, or update Transformers.")
+        yield found("RS114", source.refusal, "Fix what it names in `config.json`, or update Transformers.")
     yield from _stated_twice(source)
     yield from _layer_types(source)
     for label, (written, read) in source.parts().items():
@@ -131,7 +131,7 @@ def _base(source: Source, kind: str, where: str, written: dict, read: dict) -> I
             "RS101",
             f"The config scales{where} by {kind!r} and states no `rope_theta`, neither there nor at the top. "
             f"Transformers takes {read.get('rope_theta', 10000.0)!r}, the default of the model class; a model that "
-            "was trained with another base is ruined.",
+            "was trained with another base gives wrong outputs.",
             "Copy `rope_theta` from the config of the model that this one was made from.",
         )
 
@@ -171,27 +171,27 @@ def _behaviour(source: Source, kind: str, where: str, read: dict) -> Iterator[Fi
         yield found(
             "RS106",
             "'dynamic' computes other frequencies for every length of the call, while the keys in the cache were "
-            "turned by earlier ones: cached and uncached logits differ, and rows of a batch change each other"
+            "rotated with earlier ones: cached and uncached logits differ, and rows of a batch change each other"
             f"{where}.{late}",
             "Load it with `rope_type` 'default' and use `patch(model, 'dynamic_ntk', factor=...)`, which is exact "
             "under caching, or `ntk` at a fixed length.",
         )
     if kind == "longrope" and read.get("short_factor") != read.get("long_factor"):
         original = original or source.text.get("original_max_position_embeddings")
-        starts_anew = (getattr(source.config, "model_type", None) or source.text.get("model_type")) in _DROPS_CACHE
-        how = "starts the cache anew there" if starts_anew else "goes on with keys turned by the other set"
+        resets_cache = (getattr(source.config, "model_type", None) or source.text.get("model_type")) in _DROPS_CACHE
+        how = "resets the cache there" if resets_cache else "goes on with keys rotated with the other set"
         yield found(
             "RS109",
             f"One set of factors serves texts up to {original} tokens and another longer ones{where}; a text that "
             f"grows across that length {how}, and the longest row decides for the batch.",
             "Decide by the length of the whole text: `patch(model, 'dynamic_longrope', ...)` switches by position.",
-            NOTE if starts_anew else None,
+            NOTE if resets_cache else None,
         )
     if kind in ("linear", "yarn") and (read.get("factor") or 1) != 1:
         yield found(
             "RS112",
-            f"{kind!r} scales texts of every length{where}, those within the trained length too.",
-            "Measure what that costs: `rope-scaling evaluate --lengths 1x`. `dynamic_yarn` leaves short texts alone.",
+            f"{kind!r} scales texts of every length{where}, including those within the trained length.",
+            "Measure the loss: `rope-scaling evaluate --lengths 1x`. `dynamic_yarn` does not change short texts.",
         )
 
 

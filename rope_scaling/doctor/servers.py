@@ -35,7 +35,7 @@ def check_servers(
         try:
             needed = text_overrides(checkpoint, patch, target)
         except RopeScalingError as error:
-            yield found("RS303", f"{TARGETS[target]}: {error}", "Serve it with Transformers, or patch anew.", level)
+            yield found("RS303", f"{TARGETS[target]}: {error}", "Serve it with Transformers, or patch again.", level)
             continue
         export = f"`rope-scaling export MODEL --target {target} --out DIR`"
         if target in _READ_THE_OLD_FORM and (unseen := _not_in_old_form(source, needed["rope_parameters"])):
@@ -54,7 +54,7 @@ def check_servers(
                 "RS302",
                 f"{TARGETS[target]} computes something else from {_kind(source)!r} as the config states it: it needs "
                 f"{', '.join(f'`{key}`' for key in differing)} otherwise.",
-                f"{export} writes what it computes rightly.",
+                f"{export} writes settings that it computes correctly.",
                 level,
             )
 

@@ -88,7 +88,7 @@ def read_source(name: str) -> Source:
     """Reads the files of a folder or a hub id.
 
     Raises:
-        RopeScalingError: there is nothing there, or a file is no JSON or far too large.
+        RopeScalingError: the place is empty, or a file is not JSON or far too large.
     """
     place = model_source(name) if not _is_adapter(name) else name
     names = ("adapter_config.json", "tokenizer_config.json", "generation_config.json")
@@ -167,11 +167,11 @@ def _read_json(place: str, name: str) -> dict[str, Any] | None:
     if path is None:
         return None
     if Path(path).stat().st_size > _LARGEST:
-        raise RopeScalingError(f"{name!r} of {place!r} is larger than {_LARGEST // 2**20} MB: this is no config.")
+        raise RopeScalingError(f"{name!r} of {place!r} is larger than {_LARGEST // 2**20} MB, too large for a config.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise RopeScalingError(f"{name!r} of {place!r} is no JSON that can be read: {error}.") from error
+        raise RopeScalingError(f"{name!r} of {place!r} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise RopeScalingError(f"{name!r} of {place!r} must hold a mapping; it holds {type(content).__name__}.")
     return content

@@ -113,8 +113,8 @@ def check_exportable(checkpoint: Checkpoint, patch: Patch | None, target: str) -
         )
     if not checkpoint.in_config:
         raise RopeScalingError(
-            f"{type(checkpoint.model).__name__} computes its angles in its code, from no config that "
-            f"{TARGETS[target]} reads. Save it with `save_pretrained`, and load it with "
+            f"{type(checkpoint.model).__name__} hard-codes its rotary frequencies, so "
+            f"{TARGETS[target]} cannot be configured to match. Save it with `save_pretrained`, and load it with "
             "`rope_scaling.from_pretrained`."
         )
     if target == "transformers" or not checkpoint.layer_types:
@@ -281,7 +281,7 @@ def _rewrite(path: Path, values: dict[str, Any]) -> None:
 
 
 def _card(checkpoint: Checkpoint, patch: Patch | None, target: str, settings: dict[str, Any]) -> str:
-    methods = " with ".join(map(str, patch.methods)) if patch else "frequencies as they arrived"
+    methods = " with ".join(map(str, patch.methods)) if patch else "frequencies as loaded"
     length = settings["max_position_embeddings"]
     commands = {
         "transformers": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',

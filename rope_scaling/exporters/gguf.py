@@ -71,7 +71,7 @@ def rewrite_gguf(model: nn.Module, source: str | Path, out: str | Path) -> Path:
     try:
         reader = gguf.GGUFReader(source)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise RopeScalingError(f"{str(source)!r} is no GGUF file that can be read: {error}") from error
+        raise RopeScalingError(f"{str(source)!r} is not a readable GGUF file: {error}") from error
     architecture = reader.fields["general.architecture"].contents()
     slot = checkpoint.slots[0]
     _check_same_model(reader, architecture, slot)

@@ -50,7 +50,7 @@ def stated_as_it_is(parameters: dict[str, Any], target: str, config: Any) -> boo
     if target == V4:
         return read_by_v4(parameters, family, config.max_position_embeddings)
     if family == "gpt_oss" and kind == "yarn" and target != "llama.cpp":
-        return not _unusual({**parameters, "truncate": True})  # servers read it for this family, which arrives so
+        return not _unusual({**parameters, "truncate": True})  # servers read it for this family, which is published so
     if family == "gpt_oss" and target == "vllm":
         return False
     if is_latent(config) and target != "llama.cpp":
@@ -88,14 +88,14 @@ def why_not_computed(kind: str, target: str, config: Any) -> str:
         fixed = " (this one with the attention factor of its lengths only)" if types[-1] == "longrope" else ""
         return (
             f"Transformers 4 computes only {', '.join(types)}{fixed} for {family!r} models, and this patch needs "
-            f"{kind!r}. The nearest that can be exported, of a model that arrives unscaled: 'ntk'."
+            f"{kind!r}. The nearest that can be exported, of a model without scaling: 'ntk'."
         )
     if family == "gpt_oss":
         return f"{reader} computes {family!r} models with 'yarn' and its own temperature only. Export 'yarn'."
     what = "whose rotation has sections (`mrope_section`)" if not is_latent(config) else "with latent attention"
     return (
         f"{reader} computes 'yarn' with its own temperature, or another base, for models {what}, and this patch needs "
-        "a factor for every pair. The nearest that can be exported: 'yarn', or 'ntk' of a model that arrives unscaled."
+        "a factor for every pair. The nearest that can be exported: 'yarn', or 'ntk' of a model without scaling."
     )
 
 

@@ -1,4 +1,4 @@
-"""Frequency methods: how fast each pair turns. Adding one is a file, an import and a line in `METHODS`."""
+"""Frequency methods: how fast each pair rotates. Adding one is a file, an import and a line in `METHODS`."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from rope_scaling.geometry import RopeGeometry, default_inv_freq
 class Abf(FrequencyMethod):
     """ABF: a larger base, and nothing else ([paper](https://huggingface.co/papers/2309.16039)).
 
-    `theta'_i = b'^(-2i/R)`. Without a given `rope_theta`, the critical base at which the pairs that turn fully within
-    `L0` are as many as those that will within `s * L0` ([paper](https://huggingface.co/papers/2310.05209)):
+    `theta'_i = b'^(-2i/R)`. Without a given `rope_theta`, the critical base at which the pairs with a full rotation
+    within `L0` are as many as those that will within `s * L0` ([paper](https://huggingface.co/papers/2310.05209)):
     `b' = b^(ln(s L0 / 2 pi) / ln(L0 / 2 pi))`.
     """
 
@@ -49,13 +49,13 @@ class Abf(FrequencyMethod):
         """
         if self.rope_theta is not None:
             return float(self.rope_theta)
-        turns = geometry.original_max_position_embeddings / (2 * math.pi)
-        if turns <= 1:
+        num_rotations = geometry.original_max_position_embeddings / (2 * math.pi)
+        if num_rotations <= 1:
             raise RopeScalingError(
                 f"No base can be derived from a trained length of {geometry.original_max_position_embeddings} tokens, "
-                "which is below one turn of the fastest pair. Give `rope_theta`."
+                "which is below one rotation of the fastest pair. Give `rope_theta`."
             )
-        return geometry.rope_theta ** (1 + math.log(self.factor or 1.0) / math.log(turns))
+        return geometry.rope_theta ** (1 + math.log(self.factor or 1.0) / math.log(num_rotations))
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
         return default_inv_freq(geometry, self.base(geometry)), 1.0

@@ -20,7 +20,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, kw_only=True)
 class FrequencyMethod(MethodBase, ABC):
-    """Changes how fast each pair of a rotary model turns; nothing else, and at no cost at run time."""
+    """Changes how fast each pair of a rotary model rotates; nothing else, and at no cost at run time."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -53,7 +53,7 @@ class FrequencyMethod(MethodBase, ABC):
             geometry (`RopeGeometry`): The model's rotary part.
 
         Returns:
-            `tuple[torch.Tensor, float]`: radians a token turns each pair, `[R / 2]`, float32; and the attention factor
+            `tuple[torch.Tensor, float]`: radians per token of each pair, `[R / 2]`, float32; and the attention factor
             that multiplies cos and sin, so that logits of the rotary part are multiplied by its square.
 
         Raises:
@@ -131,13 +131,13 @@ def ntk_theta(geometry: RopeGeometry, factor: float) -> float:
 
 
 def correction_index(geometry: RopeGeometry, num_rotations: float) -> float:
-    """The (fractional) pair that turns `num_rotations` times within the trained length."""
+    """The (fractional) pair that makes `num_rotations` rotations within the trained length."""
     length = geometry.original_max_position_embeddings
     return geometry.rotary_dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(geometry.rope_theta))
 
 
 def correction_ramp(geometry: RopeGeometry, beta_fast: float, beta_slow: float, truncate: bool = True) -> torch.Tensor:
-    """0 for pairs that turn more than `beta_fast` times in the trained length, 1 below `beta_slow`, linear between.
+    """0 for pairs with more than `beta_fast` rotations in the trained length, 1 below `beta_slow`, linear between.
 
     The ends are rounded outwards unless `truncate` is false, and clamped to `[0, R - 1]` as the YaRN paper's code and
     Transformers do, so in a model with few pairs or a long trained length the last pair may stay below 1.
@@ -155,7 +155,7 @@ def correction_ramp(geometry: RopeGeometry, beta_fast: float, beta_slow: float, 
 
 
 def rotations(geometry: RopeGeometry) -> torch.Tensor:
-    """How often each pair turns within the trained length, `[R / 2]`, float64."""
+    """How often each pair rotates within the trained length, `[R / 2]`, float64."""
     return geometry.original_max_position_embeddings * default_inv_freq(geometry) / (2 * math.pi)
 
 

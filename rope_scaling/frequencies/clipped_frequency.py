@@ -19,7 +19,7 @@ class ClippedFrequency(FrequencyMethod):
 
     Over the `n` slowest pairs, `theta'_j = theta_j (1 + cos(pi k / (n - 1))) / 2`, `k = 0 .. n-1`; hard: 0.
 
-    This clips frequencies. It is not the angle clip, in which a pair turns freely up to a maximum angle.
+    This clips frequencies. It is not the angle clip, in which a pair rotates freely up to a maximum angle.
     """
 
     name: ClassVar[str] = "clipped_frequency"
@@ -41,7 +41,7 @@ class ClippedFrequency(FrequencyMethod):
         if clipped > geometry.num_pairs:
             raise RopeScalingError(f"`num_pairs` is {clipped}; this model rotates {geometry.num_pairs} pairs.")
         taper = (1 + torch.cos(torch.pi * torch.linspace(0, 1, clipped, dtype=torch.float64))) / 2
-        # The cosine of pi is -1 only up to rounding, and a single pair has no taper: the last pair stands still by
+        # The cosine of pi is -1 only up to rounding, and a single pair has no taper: the last pair is stopped by
         # definition.
         taper[-1:] = 0.0
         multiplier = torch.ones(geometry.num_pairs, dtype=torch.float64)

@@ -13,11 +13,11 @@ from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(FrequencyMethod):
-    """Position interpolation: every pair turns `s` times slower ([paper](https://huggingface.co/papers/2306.15595)).
+    """Position interpolation: every pair rotates `s` times slower ([paper](https://huggingface.co/papers/2306.15595)).
 
     `theta'_i = theta_i / s`
 
-    Weak without fine-tuning, since the fast pairs that tell neighbours apart are slowed too; 1,000 steps mend it.
+    Weak without fine-tuning, since the fast pairs that tell neighbours apart are slowed too; 1,000 steps fix it.
     """
 
     name: ClassVar[str] = "linear"

@@ -18,7 +18,7 @@ class Llama3(FrequencyMethod):
     ([paper](https://huggingface.co/papers/2407.21783)).
 
     `theta'_i = (1 - t) theta_i / s + t theta_i`, `t = (L0 / wavelength_i - low) / (high - low)` clipped to 0 and 1.
-    Equal factors leave no blend: pairs that turn less often are interpolated, the others kept (Llama 4 Scout).
+    Equal factors leave no blend: pairs that rotate less often are interpolated, the others kept (Llama 4 Scout).
     """
 
     name: ClassVar[str] = "llama3"
@@ -29,9 +29,9 @@ class Llama3(FrequencyMethod):
     factor: float
     """Target length over trained length, at least 1."""
     low_freq_factor: float = 1.0
-    """Pairs that turn less often than this within the trained length are interpolated by the full factor."""
+    """Pairs that rotate less often than this within the trained length are interpolated by the full factor."""
     high_freq_factor: float = 4.0
-    """Pairs that turn more often than this within the trained length are kept; at least `low_freq_factor`."""
+    """Pairs that rotate more often than this within the trained length are kept; at least `low_freq_factor`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope(FrequencyMethod):
-    """LongRoPE: a factor of its own for every pair, found by search ([paper](https://huggingface.co/papers/2402.13753)).
+    """LongRoPE: one factor per pair, found by search ([paper](https://huggingface.co/papers/2402.13753)).
 
     `theta'_i = theta_i / lambda_i`; cos and sin times `sqrt(1 + ln(s) / ln(L0))`.
 
@@ -63,7 +63,7 @@ class LongRope(FrequencyMethod):
 
 
 def check_factors(name: str, factors: Any) -> tuple[float, ...]:
-    """Factors of pairs as numbers above 0; the largest of float32 makes a pair stand still.
+    """Factors of pairs as numbers above 0; the largest of float32 stops a pair.
 
     Raises:
         RopeScalingError: they are none.

@@ -29,9 +29,9 @@ class MrRopeUni(FrequencyMethod):
     factor: float
     """Target length over trained length, at least 1."""
     beta_fast: float = 32.0
-    """The last pair that turns more often than this within the trained length is the last that is kept."""
+    """The last pair that rotates more often than this within the trained length is the last that is kept."""
     beta_slow: float = 1.0
-    """The first pair that turns less often than this within the trained length is slowed by the full factor."""
+    """The first pair that rotates less often than this within the trained length is slowed by the full factor."""
     attention_factor: float | None = None
     """Multiplier of cos and sin; by default `0.1 ln(s) + 1`."""
 
@@ -45,11 +45,11 @@ class MrRopeUni(FrequencyMethod):
         return steps / width
 
     def frequencies(self, geometry: RopeGeometry) -> tuple[torch.Tensor, float]:
-        turns = rotations(geometry)
+        num_rotations = rotations(geometry)
         # Without a pair that fast, the band starts just before the first; without one that slow, it ends just after
         # the last.
-        low = int((turns > self.beta_fast).sum()) - 1
-        high = geometry.num_pairs - int((turns < self.beta_slow).sum())
+        low = int((num_rotations > self.beta_fast).sum()) - 1
+        high = geometry.num_pairs - int((num_rotations < self.beta_slow).sum())
         width = max(high - low, 1)
         steps = (torch.arange(geometry.num_pairs, dtype=torch.float64) - low).clamp(0, width)
         inv_freq = default_inv_freq(geometry) / self.factor ** self.exponent(steps, width)

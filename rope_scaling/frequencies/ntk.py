@@ -17,8 +17,8 @@ class Ntk(FrequencyMethod):
 
     `b' = b * s^(R/(R-2))`, `theta'_i = b'^(-2i/R)`
 
-    The fastest pair keeps its frequency and the slowest is slowed by exactly `s`. Some pairs in between turn to
-    angles never met in training, so the reach is below `s`: choose `factor` larger than the wanted extension.
+    The fastest pair keeps its frequency and the slowest is slowed by exactly `s`. Some pairs in between rotate to
+    angles never met in training, so the context grows by less than `s`: choose a `factor` above the wanted extension.
     """
 
     name: ClassVar[str] = "ntk"

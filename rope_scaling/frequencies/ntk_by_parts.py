@@ -17,7 +17,7 @@ class NtkByParts(FrequencyMethod):
     """NTK-by-parts: fast pairs kept, a band of NTK, slow pairs interpolated (bloc97, 2023; code of the
     [YaRN paper](https://huggingface.co/papers/2309.00071)).
 
-    With `ramp(f, g)` going from 0 for pairs that turn `f` times within `L0` to 1 for `g` times:
+    With `ramp(f, g)` going from 0 for pairs that rotate `f` times within `L0` to 1 for `g` times:
     `x = (1 - m1) theta/s + m1 theta_ntk`, `theta' = (1 - m2) x + m2 theta`,
     `m1 = (1 - ramp(1.25, 0.75)) ntk_factor`, `m2 = (1 - ramp(16, 2)) extrapolation_factor`.
 

@@ -14,7 +14,7 @@ from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
 @dataclass(frozen=True, kw_only=True)
 class PRope(FrequencyMethod):
-    """p-RoPE: the slowest pairs stand still, so that they carry content alone
+    """p-RoPE: the slowest pairs are stopped, so that they carry content alone
     ([paper](https://huggingface.co/papers/2410.06205)).
 
     `theta'_i = theta_i` for the first `floor(p R / 2)` pairs, 0 for the others.
@@ -26,7 +26,7 @@ class PRope(FrequencyMethod):
     needs_training: ClassVar[str] = "yes"
 
     partial_rotary_factor: float = 0.75
-    """The share `p` of pairs that keep turning, 0 to 1; spelt as Transformers' `proportional` type spells it."""
+    """The share `p` of pairs that keep rotating, 0 to 1; spelt as Transformers' `proportional` type spells it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ class Resonance(FrequencyMethod):
     """Resonance RoPE: every wavelength rounded to a whole number of tokens, on top of another method
     ([paper](https://huggingface.co/papers/2403.00071)).
 
-    `theta''_i = 2 pi / round(2 pi / theta'_i)`, halves rounded to even; a pair that stands still stays so.
+    `theta''_i = 2 pi / round(2 pi / theta'_i)`, halves rounded to even; a stopped pair stays so.
     """
 
     name: ClassVar[str] = "resonance"

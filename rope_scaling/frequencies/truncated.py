@@ -15,7 +15,7 @@ from rope_scaling.geometry import RopeGeometry, default_inv_freq
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(FrequencyMethod):
-    """Giraffe's truncated basis: slow pairs share one frequency, the slowest stand still
+    """Giraffe's truncated basis: slow pairs share one frequency, the slowest are stopped
     ([paper](https://huggingface.co/papers/2308.10882)).
 
     With `c = 2 pi / T`: `theta_i` where it is at least `c`, 0 where it is below `c / 8`, else `2 pi / (16 T)`.
@@ -27,7 +27,7 @@ class Truncated(FrequencyMethod):
     needs_training: ClassVar[str] = "yes"
 
     cutoff_length: int | None = None
-    """`T`, in tokens: pairs that turn fully within it are kept; by default the trained length."""
+    """`T`, in tokens: pairs with a full rotation within it are kept; by default the trained length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ class Yarn(FrequencyMethod):
     """YaRN: fast pairs kept, slow pairs interpolated, a ramp between, and a temperature
     ([paper](https://huggingface.co/papers/2309.00071)).
 
-    `theta'_i = (1 - r_i) theta_i + r_i theta_i / s`, `r` from 0 at `beta_fast` turns within `L0` to 1 at `beta_slow`;
+    `theta'_i = (1 - r_i) theta_i + r_i theta_i / s`, `r` from 0 at `beta_fast` rotations in `L0` to 1 at `beta_slow`;
     cos and sin are multiplied by `0.1 ln(s) + 1`.
     """
 
@@ -34,9 +34,9 @@ class Yarn(FrequencyMethod):
     factor: float
     """Target length over trained length, at least 1."""
     beta_fast: float = 32.0
-    """Pairs that turn more often than this within the trained length are kept."""
+    """Pairs that rotate more often than this within the trained length are kept."""
     beta_slow: float = 1.0
-    """Pairs that turn less often than this within the trained length are interpolated by the full factor."""
+    """Pairs that rotate less often than this within the trained length are interpolated by the full factor."""
     attention_factor: float | None = None
     """Multiplier of cos and sin; by default `0.1 ln(s) + 1`, or what `mscale` and `mscale_all_dim` give."""
     mscale: float | None = None
@@ -54,7 +54,7 @@ class Yarn(FrequencyMethod):
         check_number("beta_fast", self.beta_fast, above=0.0)
         if self.beta_fast < self.beta_slow:
             raise RopeScalingError(
-                f"`beta_fast` counts the turns of faster pairs and must be at least `beta_slow`; "
+                f"`beta_fast` counts the rotations of faster pairs and must be at least `beta_slow`; "
                 f"got beta_fast={self.beta_fast:g}, beta_slow={self.beta_slow:g}."
             )
 

@@ -46,7 +46,7 @@ def record_adapter(model: Any) -> Any:
         `PeftModel`: the model itself.
 
     Raises:
-        RopeScalingError: it is no PEFT model, or its base is not patched.
+        RopeScalingError: it is not a PEFT model, or its base is not patched.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):

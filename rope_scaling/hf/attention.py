@@ -85,7 +85,7 @@ class Call:
         if self.cache is None and key.shape[2] != self.length:
             raise RopeScalingError(
                 f"Attention of layer {layer} got {key.shape[2]} keys in a call of {self.length} tokens, but the "
-                "decoder got no cache under a name known here, so where those keys stand is not known. Pass the cache "
+                "decoder hook found no cache argument, so the positions of those keys are unknown. Pass the cache "
                 "to the decoder's forward call; if Transformers is newer than this library, please report its version."
             )
         self.attended.add(layer)
@@ -155,7 +155,7 @@ class DecoderHook:
             )
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise RopeScalingError(
-                "`output_attentions=True`: a patched model's attention never holds its probabilities. `unpatch` the "
+                "`output_attentions=True`: a patched model's attention never stores its probabilities. `unpatch` the "
                 "model to look at them."
             )
         cache = take_cache(module, kwargs)
@@ -251,7 +251,7 @@ def span_attention(
         s_aux (`torch.Tensor`, *optional*): Learned sink score of every head, `[H]`.
 
     Returns:
-        `tuple`: `[B, T, H, dv]`, and `None` in the place of probabilities.
+        `tuple`: `[B, T, H, dv]`, and `None` in place of probabilities.
 
     Raises:
         RopeScalingError: called without the hook, or with what the engine does not compute.
@@ -302,7 +302,7 @@ def _attend(
 
 @dataclass
 class Noted:
-    """What is noted of a model while it is looked at."""
+    """Facts recorded while a model is probed."""
 
     windows: set[int] = field(default_factory=set)
     """Tokens of the windows and chunks that it asks masks for."""
@@ -325,11 +325,11 @@ def no_mask(
     """The mask function of a patched model: the caller's mask as it is, since the hook reads it and spans do the rest.
 
     Raises:
-        RopeScalingError: the model adds a pattern of its own, such as images that attend both ways.
+        RopeScalingError: the model adds a pattern of its own, such as bidirectional attention over images.
     """
     if use_vmap:
         raise RopeScalingError(
-            "This model overlays its causal mask with a pattern of its own, which spans cannot express. Frequency "
+            "This model adds its own pattern to the causal mask, which spans cannot express. Frequency "
             "methods work on it."
         )
     noted = None if torch.compiler.is_dynamo_compiling() else NOTED.get()  # no graph holds a context variable

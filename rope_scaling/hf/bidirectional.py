@@ -15,8 +15,8 @@ from rope_scaling.spans import SlidingWindow, SpanMethod
 def both_ways(name: str) -> RopeScalingError:
     """The error for attention that is not causal."""
     return RopeScalingError(
-        f"{name} attends both ways, and spans and temperatures hold for causal attention only. Frequency methods work "
-        "on it, and `sliding_window` without sinks."
+        f"{name} uses bidirectional attention; span methods and temperatures require causal attention. Frequency "
+        "methods work on it, and `sliding_window` without sinks."
     )
 
 

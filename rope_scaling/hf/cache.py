@@ -89,7 +89,7 @@ class RetainedLayer(DynamicLayer):
             return
         if self.store.gap and self._held - self.head - count < self.window:
             raise RopeScalingError(
-                f"The cache of this windowed model holds the last {self.window} tokens and {_SLACK} more, so {count} "
+                f"The cache of this windowed model stores the last {self.window} tokens and {_SLACK} more, so {count} "
                 "cannot be taken back. Start from an empty cache, or crop less."
             )
         super().crop(-count)
@@ -118,11 +118,11 @@ def can_retain(cache: Any) -> bool:
 
 
 class RotatedKeyCache:
-    """Keys of one cache layer at the angles of spans that rotate them further, so that each is rotated once.
+    """Re-rotated keys of one cache layer, stored so that each key is rotated to a span's angle only once.
 
     A key's angle in a span is fixed, so what was rotated stays right while tokens are appended. Anything else that is
     done to the cache (reordering beams, cropping, resetting, selecting rows) puts other tensors into it or changes its
-    length; then everything is rotated anew.
+    length; then everything is rotated again.
     """
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class RotatedKeyCache:
         if not _warned_of_memory:
             _warned_of_memory = True
             warnings.warn(
-                f"No memory to keep rotated keys beside the cache on {key.device}: every token rotates them anew, "
+                f"No memory to keep rotated keys beside the cache on {key.device}: every token rotates them again, "
                 "which is slower. Free memory, or use a method that keeps none, such as 'sliding_window' or "
                 "a frequency method.",
                 stacklevel=level_of_the_caller(),

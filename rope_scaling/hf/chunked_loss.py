@@ -29,7 +29,7 @@ def use_chunked_loss(model: nn.Module, chunk_size: int = 512) -> nn.Module:
 
     Args:
         model (`nn.Module`): A causal language model of Transformers, bare or in PEFT.
-        chunk_size (`int`): Tokens whose logits stand in memory at once.
+        chunk_size (`int`): Tokens whose logits are in memory at once.
 
     Returns:
         `nn.Module`: the model itself. `remove_chunked_loss` takes it back.
@@ -58,7 +58,7 @@ def remove_chunked_loss(model: nn.Module) -> nn.Module:
     """
     causal = _causal_model(model)
     if not hasattr(causal, _INSTALLED):
-        raise RopeScalingError("The loss of this model is not chunked: there is nothing to take back.")
+        raise RopeScalingError("The loss of this model is not chunked: there is nothing to revert.")
     del causal.forward
     if getattr(causal.forward, "__func__", None) is not getattr(getattr(causal, _INSTALLED), "__func__", None):
         causal.forward = getattr(causal, _INSTALLED)  # which somebody else had put there
@@ -75,7 +75,7 @@ def _causal_model(model: Any) -> Any:
         if decoder is not None and decoder is not inner:
             return inner
     raise RopeScalingError(
-        f"`{type(model).__name__}` has no decoder and language-model head of its own, so its loss cannot be chunked. "
+        f"`{type(model).__name__}` has no separate decoder and language-model head, so its loss cannot be chunked. "
         "Give a causal language model, or train with `chunk_size=null`."
     )
 
@@ -132,6 +132,6 @@ def _check_same_loss(causal: Any, stock: Callable, forward: Callable) -> None:
         causal.train(training)
     if not torch.allclose(found.float(), wanted.float(), rtol=2e-2 if wanted.dtype != torch.float32 else 1e-4):
         raise RopeScalingError(
-            f"`{type(causal).__name__}` computes its loss in a way of its own: {float(wanted):.5f} nats on four "
+            f"`{type(causal).__name__}` computes its loss differently: {float(wanted):.5f} nats on four "
             f"tokens, {float(found):.5f} from its head's logits. Train it with its own loss (`chunk_size=null`)."
         )

@@ -160,7 +160,7 @@ def optional_file(source: str, name: str) -> str | None:
     """The path of a file of a folder or hub id, fetched if need be; `None` if there is none.
 
     Raises:
-        OSError: the source itself cannot be reached.
+        OSError: the source itself is not accessible.
     """
     from transformers.utils import cached_file
 

@@ -75,7 +75,7 @@ def state_trained_length(config: Any, length: int) -> None:
 
 
 def own_configs(model: nn.Module) -> None:
-    """Gives a model config objects of its own, so that what is written there reaches no model that was built from the
+    """Gives a model config objects of its own, so that what is written there changes no model that was built from the
     same ones. All references within the model to one config go to one copy."""
     memo: dict[int, Any] = {}
     for module in _around(model):
@@ -131,7 +131,7 @@ def set_config(model: nn.Module, own: list[Any], values: dict[str, Any], whole: 
 def keep_older_keys(config: Any) -> None:
     """Puts the keys of Transformers 4 into a config that was written for it, as its `rope_parameters` now are.
 
-    Settings that Transformers 4 cannot compute go without: such a model has to be exported anew to be read there.
+    Settings that Transformers 4 cannot compute go without: such a model has to be exported again to be read there.
     """
     if getattr(config, EXPORT_KEY, None) != V4:
         return

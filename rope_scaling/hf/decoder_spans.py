@@ -48,7 +48,7 @@ def make_programs(
     """A program for every decoder of a model, by its path.
 
     Raises:
-        RopeScalingError: layers of a kind that spans cannot express, attention that cannot be reached, methods that do
+        RopeScalingError: layers of a kind that spans cannot express, attention that cannot be patched, methods that do
             not suit the model, or a target length beyond theirs.
     """
     programs = {}
@@ -92,9 +92,9 @@ def _program(decoder: Any, slots: list[Slot], patched: Mapping[SlotKey, SlotPatc
     if program.reach is not None and methods.target_length is not None and methods.target_length > program.reach:
         names = " with ".join(method.name or type(method).__name__ for method in methods.spans)
         raise RopeScalingError(
-            f"{names} reaches {program.reach} tokens on this model with these settings, and "
-            f"{methods.target_length} are wanted. Give settings that reach further (larger groups, a steeper slope, a "
-            "smaller window), or a smaller target."
+            f"{names} supports {program.reach} tokens on this model with these settings, and "
+            f"{methods.target_length} are wanted. Give settings for a longer context (larger groups, a steeper slope, "
+            "a smaller window), or a smaller target."
         )
     return program
 

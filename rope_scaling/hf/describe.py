@@ -43,13 +43,13 @@ class SlotDescription:
     """What has computed attention on a GPU so far, under a span method or a temperature."""
 
     def pair_table(self) -> str:
-        """One line per pair: wavelength as trained and now in tokens, slow-down, turns in trained and new length."""
-        lines = ["  pair   wavelength      now     slow-down   turns in trained / target length"]
+        """One line per pair: wavelength as trained and now in tokens, slow-down, rotations in both lengths."""
+        lines = ["  pair   wavelength      now     slow-down   rotations in trained / target length"]
         for index, (old, new) in enumerate(
             zip(self.pretrained_inv_freq.tolist(), self.inv_freq.tolist(), strict=True)
         ):
             stands = abs(new) < 1e-30
-            now = "stands still" if stands else f"{2 * math.pi / new:12.2f}"
+            now = "stopped" if stands else f"{2 * math.pi / new:12.2f}"
             slower = "         " if stands or not old else f"x{old / new:8.4f}"
             turns = f"{self.reach * old / (2 * math.pi):10.2f} / {self.target_length * new / (2 * math.pi):.2f}"
             lines.append(f"  {index:4d} {2 * math.pi / old if old else math.inf:12.2f} {now:>12s}  {slower}  {turns}")
@@ -61,7 +61,7 @@ class SlotDescription:
         return "\n".join(
             [
                 f"{where}: {self.method}",
-                f"  length            {self.original_length} trained, {self.reach} as it arrived, "
+                f"  length            {self.original_length} trained, {self.reach} as loaded, "
                 f"{self.target_length} now",
                 f"  attention factor  {self.attention_factor:.6g}",
                 f"  frequencies       {len(self.inv_freq)} pairs, {self.inv_freq.dtype}, on "
@@ -135,7 +135,7 @@ def _describe_patched(slot: Slot, change: SlotPatch, patch: Patch) -> SlotDescri
     pretrained, program = change.pretrained, patch.programs.get(slot.decoder)
     reach = ""
     if program is not None and program.methods:
-        reach = "; any length" if program.reach is None else f"; reaches {program.reach} tokens"
+        reach = "; any length" if program.reach is None else f"; up to {program.reach} tokens"
     reload = f"plain Transformers reloads it, as rope_type {change.rope_parameters['rope_type']!r}"
     if program is not None or not slot.in_config:
         reload = "plain Transformers refuses it; rope_scaling.from_pretrained loads it"
@@ -147,7 +147,7 @@ def _describe_patched(slot: Slot, change: SlotPatch, patch: Patch) -> SlotDescri
         reach=pretrained.reach,
         target_length=change.target_length,
         attention_factor=slot.attention_factor,
-        arithmetic=(change.rescaling.arithmetic if change.rescaling else "as the model arrived") + reach,
+        arithmetic=(change.rescaling.arithmetic if change.rescaling else "as loaded") + reach,
         reload=reload,
         inv_freq=slot.inv_freq,
         pretrained_inv_freq=pretrained.inv_freq,
@@ -158,7 +158,7 @@ def _describe_patched(slot: Slot, change: SlotPatch, patch: Patch) -> SlotDescri
 def _describe_unpatched(checkpoint: Checkpoint, slot: Slot) -> SlotDescription:
     config, pretrained = slot.config, checkpoint.rope(slot)
     record = getattr(config, RECORD_KEY, None)
-    loaded = f"not patched; arrived with {method_text(pretrained.method)}" if pretrained.method else "not patched"
+    loaded = f"not patched; loaded with {method_text(pretrained.method)}" if pretrained.method else "not patched"
     if record is not None:
         names = " + ".join(method["name"] for method in record["methods"])
         loaded = f"saved with {names}; `patch(model)` makes it live"

@@ -46,7 +46,7 @@ def check_effect(checkpoint: Checkpoint, patched: Collection[SlotKey], length: i
         limits = _limits(decoder.config, used)
         own = {slot.layer_type for slot in slots if slot.key in patched}
         types = getattr(decoder.config, "layer_types", None) or [None] * len(rotating)
-        scaled = [turns and (own == {None} or kind in own) for turns, kind in zip(rotating, types, strict=True)]
+        scaled = [rotates and (own == {None} or kind in own) for rotates, kind in zip(rotating, types, strict=True)]
         far = [limit is None or limit >= length for limit in limits]
         attends = [kind is None or ("attention" in kind and "linear" not in kind) for kind in types]
         if (

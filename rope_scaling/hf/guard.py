@@ -81,11 +81,11 @@ class Guard:
         if torch.compiler.is_compiling():
             if self.attention is not None and attention_implementation(decoder.config) != self.attention:
                 raise RopeScalingError(
-                    f"{self._turned_off(decoder, attention_implementation(decoder.config))} {_AGAIN}"
+                    f"{self._implementation_changed(decoder, attention_implementation(decoder.config))} {_AGAIN}"
                 )
             return
         if NOTED.get() is not None:
-            return  # the model is being looked at, with attention that stands in for its own
+            return  # the model is being probed, with stub attention
         for problem in self.problems(decoder):
             raise RopeScalingError(f"{problem} {_AGAIN}")
         for cache in caches_of(decoder, args, kwargs):
@@ -114,9 +114,9 @@ class Guard:
             configs = {id(config := vars(module)["config"]): config for module in (decoder, *self._attending)}
             names = [attention_implementation(config) for config in configs.values()]
             if others := [name for name in names if name != self.attention]:
-                yield self._turned_off(decoder, others[0])
+                yield self._implementation_changed(decoder, others[0])
             elif installed(decoder) is not self.program:
-                yield f"The forward hook of {type(decoder).__name__} was removed, which turns {self.method} off."
+                yield f"The forward hook of {type(decoder).__name__} was removed, which disables {self.method}."
         for at, ((slot, change), (parent, name)) in enumerate(zip(self._slots, self._parents, strict=True)):
             if parent is not None and parent._modules.get(name) is not slot.module:
                 yield f"The rotary module `{slot.path}` was replaced, so {self.method} is not in effect."
@@ -142,10 +142,10 @@ class Guard:
                 continue
             self._stated[index] = stated
 
-    def _turned_off(self, decoder: Any, name: str | None) -> str:
+    def _implementation_changed(self, decoder: Any, name: str | None) -> str:
         return (
             f"The attention implementation of {type(decoder).__name__} was set to {name!r} after the patch, which "
-            f"turns {self.method} off."
+            f"disables {self.method}."
         )
 
     def _check_attended(self, decoder: Any, call: Call) -> None:
@@ -154,7 +154,7 @@ class Guard:
             missed = min(set(range(count)) - call.attended - self.program.silent)
             raise RopeScalingError(
                 f"The attention of layer {missed} of {type(decoder).__name__} was computed by other code: its "
-                f"`forward` was replaced, so {self.method} was off there. {_AGAIN}"
+                f"`forward` was replaced, so {self.method} had no effect there. {_AGAIN}"
             )
 
     def _check_cache(self, cache: Any) -> None:

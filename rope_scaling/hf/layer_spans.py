@@ -122,7 +122,7 @@ class SpanProgram:
             self._warned.add("reach")
             names = ", ".join(method.name or type(method).__name__ for method in self.methods)
             warnings.warn(
-                f"A text of {longest} tokens is beyond the reach of {names} with these settings, which is "
+                f"A text of {longest} tokens exceeds the context length of {names} with these settings, which is "
                 f"{self.reach} tokens: the model meets distances it was not trained on.",
                 stacklevel=level_of_the_caller(),
             )

@@ -34,7 +34,7 @@ _Seen = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Probe:
-    """Stands in for a call: attention hands it what it gets, and goes on with zeros."""
+    """Stub of a call: attention hands it queries and keys, and returns zeros."""
 
     def __init__(self) -> None:
         self.seen: dict[int, _Seen] = {}
@@ -78,7 +78,7 @@ def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collecti
     if missing := [index for index in range(count) if index not in still and index not in silent]:
         raise RopeScalingError(
             f"The attention of {len(missing)} of the {count} layers of {type(decoder).__name__} (the first: layer "
-            f"{missing[0]}) does not go through Transformers' attention interface, so spans cannot reach it."
+            f"{missing[0]}) does not go through Transformers' attention interface, so spans cannot be applied to it."
         )
     dtype = next(runnable.parameters()).dtype
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2}.get(dtype, 5e-2)
@@ -175,7 +175,7 @@ def _strides(tensor: torch.Tensor) -> tuple[tuple[int, ...], int]:
 
 
 def _mix(noise: torch.Tensor, width: int, vectors: torch.Tensor) -> torch.Tensor:
-    """In the place of a matrix product, at the price of its result."""
+    """Instead of a matrix product; costs no more than writing its result."""
     return vectors[..., torch.arange(width) % vectors.shape[-1]] * noise[torch.arange(width) % len(noise)]
 
 
@@ -243,7 +243,7 @@ def _run(decoder: Any, positions: tuple[int, ...]) -> dict[int, _Seen]:
             except UnheardError as error:
                 raise RopeScalingError(
                     f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
-                    "cannot reach it. Frequency methods work on it."
+                    "cannot be applied to it. Frequency methods work on it."
                 ) from error
             except RopeScalingError:
                 raise
@@ -252,7 +252,7 @@ def _run(decoder: Any, positions: tuple[int, ...]) -> dict[int, _Seen]:
     finally:
         handle.remove()
     raise RopeScalingError(
-        f"{type(decoder).__name__} could not be run on a few vectors to see how it turns them: {reasons[0]}"
+        f"{type(decoder).__name__} could not be run on a few vectors to detect its rotary layout: {reasons[0]}"
     ) from reasons[0]
 
 

@@ -42,7 +42,7 @@ def model_source(name: str) -> str:
         return str(resources.files("rope_scaling.demo") / "model")
     path = Path(name)
     if path.is_dir() and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise RopeScalingError(f"The folder {name!r} holds no model: it has no `config.json`.")
+        raise RopeScalingError(f"The folder {name!r} has no model: there is no `config.json`.")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise RopeScalingError(
             f"There is no model folder {name!r}. Give a folder, a hub id such as 'org/name', or 'demo'."
@@ -65,7 +65,7 @@ def load_model(
         dtype (`str`): `auto` (the checkpoint's, or float32 on a processor that is slow in it), `stored` (the
             checkpoint's in any case, for a model that is only saved again), `float32`, `bfloat16` or `float16`.
         device (`str`): `auto` (a GPU if there is one), or what `torch.device` takes.
-        config (`PreTrainedConfig`, *optional*): In the place of the one that is saved with the model.
+        config (`PreTrainedConfig`, *optional*): Used instead of the one saved with the model.
         length (`int`, *optional*): Tokens that it is to be measured at, where a table ends before (see
             `lengthen_tables`).
         **arguments: Further ones, as `PreTrainedModel.from_pretrained` takes them.
@@ -101,7 +101,7 @@ def load_model(
 def from_pretrained(name: str | Path, model_class: Any = None, **arguments: Any) -> torch.nn.Module:
     """Loads a patched model that was saved with `save_pretrained`, with the patch in effect.
 
-    What plain Transformers refuses to load, because a span method or a temperature lives in attention, this restores.
+    Restores what plain Transformers refuses to load, because a span method or a temperature changes attention.
     A checkpoint exported for Transformers 4 keeps the keys that are read there, whenever the model is saved again.
 
     Args:
@@ -294,8 +294,8 @@ def _fetch(load: Any, name: str, **arguments: Any) -> Any:
     except Exception as error:  # a checkpoint, a config class or the network may fail in any way
         if "custom code" in str(error):
             raise RopeScalingError(
-                f"{name!r} brings modelling code of its own, which is not run from here. Load it yourself, with "
-                "`trust_remote_code=True`, and hand the model to `rope_scaling.patch`: it takes one whose rotary "
+                f"{name!r} has custom modelling code, which is not run from here. Load it yourself, with "
+                "`trust_remote_code=True`, and pass the model to `rope_scaling.patch`: it takes one whose rotary "
                 "module is built as Transformers builds its own, and refuses others."
             ) from error
         cause = cause_of(error)

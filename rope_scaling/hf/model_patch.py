@@ -106,7 +106,7 @@ class Patch:
         slots = rotary_slots(model)
         carried = applied_patch(slots)
         if carried is None:
-            raise RopeScalingError("This model is not patched: there is nothing to take back.")
+            raise RopeScalingError("This model is not patched: there is nothing to revert.")
         before = next(state.config_before for slot in slots if (state := patch_state(slot)) is not None)
         carried._take_off(model, slots, before)
 
@@ -190,5 +190,5 @@ def _verify(slot: Slot, change: SlotPatch) -> None:
     if not slot.holds(change.inv_freq, change.attention_factor):
         raise RopeScalingError(
             f"The patch did not take effect on `{slot.path}` ({type(slot.module).__name__}): its frequencies, read "
-            "back, are not those of the method. The model was left as it was; please report the model class."
+            "back, are not those of the method. The model is unchanged; please report the model class."
         )

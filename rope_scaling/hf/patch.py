@@ -62,7 +62,7 @@ def patch(
         `nn.Module`: the model itself.
 
     Raises:
-        RopeScalingError: bad arguments, a model without RoPE, attention that cannot be reached, or a change that could
+        RopeScalingError: bad arguments, a model without RoPE, attention that cannot be patched, or a change that could
             not be verified on the module; the model is left as it was.
     """
     checkpoint = read_checkpoint(model)
@@ -130,7 +130,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     checkpoint = read_checkpoint(model)
     if checkpoint.record is None:
-        raise RopeScalingError("This model is not patched: there is nothing to take back.")
+        raise RopeScalingError("This model is not patched: there is nothing to revert.")
     settings = checkpoint.settings
     _take_off(model)
     if any(hasattr(config, RECORD_KEY) for config in checkpoint.configs):

@@ -110,30 +110,31 @@ class PatchArguments:
                     raise unknown_name("layer type", name, names)
         return [slot for slot in slots if slot.layer_type in chosen]
 
-    def methods_for(self, reach: int) -> PatchMethods:
+    def methods_for(self, context_length: int) -> PatchMethods:
         """Method objects and the target length, for a model of a given context length.
 
         Args:
-            reach (`int`): Tokens that the model reads as loaded, which `factor` multiplies.
+            context_length (`int`): Context length of the model as loaded, in tokens, which `factor` multiplies.
 
         Raises:
             RopeScalingError: a target below that, unknown names, neither of factor and length where a method needs
                 one, or methods that decide the same.
         """
         factor, target = self.factor, self.target_length
-        if target is not None and target < reach:
+        if target is not None and target < context_length:
             raise RopeScalingError(
-                f"`target_length` is {target}, but the model reads {reach} tokens as it is; give at least {reach}."
+                f"`target_length` is {target}, but the context length as loaded is {context_length}; give at least "
+                f"{context_length}."
             )
         if factor is None and target is not None:
-            factor = target / reach
+            factor = target / context_length
         methods = [
             make_scaled(method[0], factor, method[1]) if isinstance(method, tuple) else method
             for method in self.methods
         ]
         _check_factor(methods, self.factor)
         if target is None and factor is not None:
-            target = int(reach * factor)
+            target = int(context_length * factor)
         return _by_what_they_decide(methods, target)
 
 
@@ -154,7 +155,7 @@ class PatchMethods:
 
     @property
     def in_attention(self) -> bool:
-        """Whether any of them lives in attention: a span method or a temperature."""
+        """Whether any of them changes attention: a span method or a temperature."""
         return bool(self.spans or self.temperature)
 
 

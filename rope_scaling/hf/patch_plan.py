@@ -33,7 +33,7 @@ def plan_patch(checkpoint: Checkpoint, arguments: PatchArguments) -> Patch:
 
     Raises:
         RopeScalingError: arguments that this model does not take, a method that it cannot compute or that no config
-            can express, attention that cannot be reached, or a patch that would change nothing.
+            can express, attention that cannot be patched, or a patch that would change nothing.
 
     Warns:
         UserWarning: windows that keep every layer from seeing the target length.

@@ -175,8 +175,8 @@ def _length_dependent(slot: Slot, settings: dict[str, Any], parameters: dict[str
     plain = {**other, "rope_type": "default", "rope_theta": parameters["rope_theta"]}
     plain = slot.with_part(settings["rope_parameters"], plain)
     return RopeScalingError(
-        f"This model arrives with `rope_type` {parameters['rope_type']!r}, whose frequencies depend on the length of "
-        "the call, so there is no table to scale. Load it with plain frequencies: `from_pretrained(..., "
+        f"This model is loaded with `rope_type` {parameters['rope_type']!r}, whose frequencies depend on the length "
+        "of the call, so there is no table to scale. Load it with plain frequencies: `from_pretrained(..., "
         f"rope_parameters={json.dumps(plain)})`."
     )
 
@@ -213,7 +213,8 @@ def _geometry(config: Any, slot: Slot, parameters: dict[str, Any], original: int
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     if head_dim and head_dim * parameters.get("partial_rotary_factor", 1.0) % 2 and 2 * num_pairs > head_dim:
         raise RopeScalingError(
-            f"The rotary width must be even, because dimensions turn in pairs; this model's heads are {head_dim} wide."
+            f"The rotary width must be even, because dimensions rotate in pairs; the heads of this model "
+            f"are {head_dim} wide."
         )
     return RopeGeometry(
         rotary_dim=2 * num_pairs,
@@ -233,7 +234,7 @@ def _loaded_method(
         return None
     if rope_type not in _NATIVE_METHODS:
         raise RopeScalingError(
-            f"This model arrives with `rope_type` {rope_type!r}, which this library cannot extend. "
+            f"This model is loaded with `rope_type` {rope_type!r}, which this library cannot extend. "
             f"It can extend: default, {', '.join(_NATIVE_METHODS)}."
         )
     cls = method_class(_NATIVE_METHODS[rope_type])

@@ -76,7 +76,7 @@ def check_record(record: Any) -> dict[str, Any]:
 
 
 def _from_format_2(value: Any) -> Any:
-    """Plain data of a method with infinity in the place of `null` in lists."""
+    """Plain data of a method with infinity in place of `null` in lists."""
     if isinstance(value, dict):
         return {key: _from_format_2(item) for key, item in value.items()}
     return ["inf" if item is None else item for item in value] if isinstance(value, list) else value

@@ -52,7 +52,7 @@ def target_length(pretrained: PretrainedRope, method: FrequencyMethod, given: in
     """The length that a patched model is meant for, in tokens.
 
     Raises:
-        RopeScalingError: the given length is below what the model reads already, or contradicts the method.
+        RopeScalingError: the given length is below the context length as loaded, or contradicts the method.
     """
     factor = factor_of(method)
     derived = check_length("factor times trained length", int(pretrained.reach * factor))
@@ -60,7 +60,7 @@ def target_length(pretrained: PretrainedRope, method: FrequencyMethod, given: in
         return derived
     if given < pretrained.reach:
         raise RopeScalingError(
-            f"`target_length` is {given}, but the model reads {pretrained.reach} tokens as it is; "
+            f"`target_length` is {given}, but the context length as loaded is {pretrained.reach}; "
             f"give at least {pretrained.reach}."
         )
     if factor > 1 and abs(given - pretrained.reach * factor) >= 1:
@@ -174,7 +174,7 @@ def closed_form(pretrained: PretrainedRope, method: FrequencyMethod) -> ClosedFo
         before, more = factor_of(loaded), factor_of(method)
         inv_freq, attention_factor = merged.frequencies(geometry)
         arithmetic = (
-            f"arrived with {loaded.name} x{before:g} over {length} tokens; "
+            f"loaded with {loaded.name} x{before:g} over {length} tokens; "
             f"x{more:g} more makes {loaded.name} x{before * more:g} over {length} tokens"
         )
         return ClosedForm(inv_freq, attention_factor, merged.rope_parameters(geometry), arithmetic)
@@ -182,7 +182,7 @@ def closed_form(pretrained: PretrainedRope, method: FrequencyMethod) -> ClosedFo
     scaled, factor = method.frequencies(as_trained)
     inv_freq = pretrained.inv_freq.double() * scaled / default_inv_freq(geometry)
     arithmetic = (
-        f"arrived with {loaded.name}, which reads {reach} tokens; kept, and multiplied pair by pair with what "
+        f"loaded with {loaded.name} for {reach} tokens; kept, and multiplied pair by pair with what "
         f"{method.name} does to a model trained at {reach} tokens"
     )
     return ClosedForm(inv_freq, pretrained.attention_factor * factor, None, arithmetic)
@@ -193,7 +193,7 @@ def _on_top(pretrained: PretrainedRope, method: FrequencyMethod, wrapped: Freque
     if wrapped:
         before = closed_form(pretrained, wrapped)
     else:
-        arithmetic = f"arrived with {pretrained.method.name}; kept"  # type: ignore[union-attr]
+        arithmetic = f"loaded with {pretrained.method.name}; kept"  # type: ignore[union-attr]
         before = ClosedForm(pretrained.inv_freq.double(), pretrained.attention_factor, None, arithmetic)
     arithmetic = f"{before.arithmetic}; then {method.name}"
     return ClosedForm(method.on_top(before.inv_freq), before.attention_factor, None, arithmetic)

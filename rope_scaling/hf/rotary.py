@@ -22,7 +22,7 @@ def rotary_slots(model: nn.Module) -> list[Slot]:
         )
     slots: list[Slot] = [*table_slots(model)]
     for path, module in model.named_modules():
-        # Other libraries put subclasses with names of their own in the place of a module's class.
+        # Other libraries put subclasses with names of their own in place of a module's class.
         name = next((cls.__name__ for cls in type(module).__mro__ if "RotaryEmbedding" in cls.__name__), "")
         if name and not {"Vision", "Audio"} & set(_words(name)) and hasattr(module, "rope_type"):
             layer_types = sorted(module.rope_type) if isinstance(module.rope_type, dict) else [None]

@@ -65,7 +65,7 @@ def remove_s2_attention(model: nn.Module) -> nn.Module:
     """
     decoder = _decoder(model)
     if not has_s2_attention(decoder):
-        raise RopeScalingError("This model has no S2 attention: there is nothing to take back.")
+        raise RopeScalingError("This model has no S2 attention: there is nothing to revert.")
     own_configs(model)
     if attention_implementation(decoder.config) == NAME:  # or it was set since
         decoder.set_attn_implementation(getattr(decoder, _STOCK))
@@ -87,7 +87,7 @@ def _check(decoder: Any, args: Any) -> None:
     if decoder.training and now != NAME:
         raise RopeScalingError(
             f"The attention implementation of {type(decoder).__name__} was set to {now!r} after `use_s2_attention`, "
-            "which turns S2 attention off. Call `remove_s2_attention(model)` first, and `use_s2_attention` again "
+            "which disables S2 attention. Call `remove_s2_attention(model)` first, and `use_s2_attention` again "
             "after the change if you want both."
         )
 

@@ -84,7 +84,7 @@ def fail_in_plain_transformers(checkpoint: Any, parameters: dict[str, Any]) -> d
     if not activation:
         raise RopeScalingError(
             f"A patched model of {type(config).__name__} could not be saved so that plain Transformers refuses it: it "
-            f"takes no other `rope_type` and has none of {', '.join(ACTIVATION_KEYS)}. The model was left as it was."
+            f"takes no other `rope_type` and has none of {', '.join(ACTIVATION_KEYS)}. The model is unchanged."
         )
     return {"rope_parameters": parameters, **activation}
 

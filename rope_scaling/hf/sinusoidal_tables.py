@@ -24,7 +24,7 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class TableSlot(Slot):
-    """Frequencies in the form of a table. A patch computes the table anew, with a row for every new position, in the
+    """Frequencies in the form of a table. A patch computes the table again, with a row for every new position, in the
     precision of the model, as Transformers keeps it.
     """
 

@@ -2,7 +2,7 @@
 
 A patched module stays the same object with the same name of class. Its class becomes a subclass that keeps the patched
 frequencies in float32 through `.to()`, `.half()` and `to_empty()`, and that hands them out where Transformers
-initialises rotary modules anew.
+initialises rotary modules again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Slot:
 
     @property
     def in_config(self) -> bool:
-        """Whether Transformers, when it builds the module anew, takes its frequencies from what a checkpoint holds."""
+        """Whether Transformers, when it builds the module again, takes its frequencies from a checkpoint."""
         return True
 
     def part_of(self, values: Any) -> Any:
@@ -113,7 +113,7 @@ class Slot:
             state.pinned[name] = inv_freq.detach().to("cpu", torch.float32)
         remember(self.module, self._attention_name, "rope_type")
         setattr(self.module, self._attention_name, attention_factor)
-        if callable(getattr(self.module, "rope_init_fn", None)):  # some compute their frequencies anew in every call
+        if callable(getattr(self.module, "rope_init_fn", None)):  # some compute their frequencies again in every call
             remember(self.module, "rope_init_fn")
             self.module.rope_init_fn = self.module.compute_default_rope_parameters
         self.module.rope_type = self.with_part(self.module.rope_type, "default")
@@ -123,7 +123,7 @@ class Slot:
         """Whether the module, read back, holds exactly these."""
         in_use = self.inv_freq.cpu()
         same = in_use.dtype == torch.float32 and torch.equal(in_use, inv_freq)
-        # Under any other type Transformers computes frequencies anew in a call.
+        # Under any other type Transformers computes frequencies again in a call.
         return same and self.attention_factor == attention_factor and self.rope_type == "default"
 
     def in_use(self) -> tuple[Any, ...]:

@@ -18,20 +18,20 @@ from rope_scaling.spans.rerope import half
 class AngleClip(SpanMethod):
     """Each pair's relative angle saturates: `psi_i(D) = min(D theta_i, phi_i)`.
 
-    By default only slow pairs do: those with a wavelength beyond `saturation_length` stop turning at that distance, so
-    `phi_i = W theta_i`; faster pairs turn freely and keep the order of far tokens. With `W` the trained length,
+    By default only slow pairs do: those with a wavelength beyond `saturation_length` stop rotating there, so that
+    `phi_i = W theta_i`; faster pairs rotate freely and keep the order of far tokens. With `W` the trained length,
     nothing changes inside it. `max_angle` is one `phi` for all pairs, `max_angles` one for each. For `phi <= pi` and
     vectors that are aligned the score then falls with distance; for any others it need not, and beyond `pi` it does
     not.
 
     To our knowledge not published in this saturating form. Nearest: [ReRoPE](https://kexue.fm/archives/9708) saturates
     the distance for all pairs at once, WavePrune ([2610.06963](https://huggingface.co/papers/2610.06963)) takes a
-    pair out after its first turn.
+    pair out after its first rotation.
     """
 
     name: ClassVar[str] = "angle_clip"
     paper: ClassVar[str] = "this project"
-    changes: ClassVar[str] = "slow pairs stop turning at a distance"
+    changes: ClassVar[str] = "slow pairs stop rotating at a distance"
 
     saturation_length: int | None = None
     """Distance in tokens at which slow pairs stop, `W`; by default half the trained length."""
@@ -59,7 +59,8 @@ class AngleClip(SpanMethod):
         angles = torch.tensor(self.max_angles or (self.max_angle,), dtype=torch.float64)
         if len(angles) not in (1, len(rope.inv_freq)):
             raise RopeScalingError(
-                f"`max_angles` has {len(angles)} numbers; this model turns {len(rope.inv_freq)} pairs. Give one each."
+                f"`max_angles` has {len(angles)} numbers; this model rotates {len(rope.inv_freq)} pairs. Give one "
+                "for each."
             )
         return _bands(rope, angles.expand(len(rope.inv_freq)))
 
@@ -105,6 +106,6 @@ def _bands(rope: Rope, angles: torch.Tensor) -> list[Span]:
 
 
 def saturation_distances(rope: Rope, angles: torch.Tensor) -> torch.Tensor:
-    """The first whole distance at which each pair has turned to its largest angle, `[R / 2]`; `inf` for never."""
+    """The first whole distance at which each pair has its largest angle, `[R / 2]`; `inf` for never."""
     # A pair that is saturated to within rounding is saturated.
     return torch.where(rope.inv_freq > 0, torch.ceil(angles / rope.inv_freq - 1e-9), math.inf)

@@ -1,4 +1,4 @@
-"""The span: one interval of keys a query sees, and the angles at which both are turned there."""
+"""The span: one interval of keys a query sees, and the angles to which both are rotated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Span:
 
     Query `m` sees the keys at positions `first(m) .. last(m)`, both included; an interval with `first(m) > last(m)` is
     empty. Neither end may decrease with `m`, and the spans of one method must not overlap: a key that no span covers
-    is not seen. The score is that of the query turned to `query(m)` and the key turned to `key(n)`.
+    is not seen. The score is that of the query rotated to `query(m)` and the key rotated to `key(n)`.
     """
 
     first: Bound
@@ -39,7 +39,7 @@ class Span:
     amplitude: torch.Tensor | None = None
     """What every pair's part of the score is multiplied with, `[R / 2]`; 0 takes a pair out. `None` for 1."""
     after: Span | None = None
-    """An earlier span of the list with these angles but for a few pairs; the engine then turns those pairs alone."""
+    """An earlier span of the list with these angles but for a few pairs; the engine then rotates those pairs alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Rope:
     attention_factor: float = 1.0
     """Multiplier of cos and sin in effect."""
     scaled: Callable[..., tuple[torch.Tensor, float]] | None = None
-    """Frequencies (float64) and attention factor under a frequency method; for a model that arrives scaled, on top."""
+    """Frequencies (float64) and attention factor under a frequency method; for a model loaded scaled, on top."""
     num_layers: int | None = None
 
     def positions(self, position_map: Callable[[torch.Tensor], torch.Tensor]) -> Angles:
@@ -122,12 +122,12 @@ def beginning(positions: torch.Tensor) -> torch.Tensor:
 
 
 def within(window: int) -> Span:
-    """The last `window` keys, the query's own included, turned as the model turns them."""
+    """The last `window` keys, the query's own included, rotated as the model rotates them."""
     return Span(first=lambda m: (m - window + 1).clamp(min=0), last=causal)
 
 
 def same_chunk(size: int) -> Span:
-    """The keys of the query's own chunk of `size` tokens, turned as the model turns them."""
+    """The keys of the query's own chunk of `size` tokens, rotated as the model rotates them."""
     return Span(first=lambda m: m - m % size, last=causal)
 
 
@@ -192,7 +192,7 @@ def _check_on(spans: list[Span], who: str, positions: torch.Tensor, rope: Rope) 
         if (ahead := there & (last > positions)).any():
             at = int(ahead.int().argmax())
             raise RopeScalingError(
-                f"{who}: span {index} reaches ahead of the query: query {int(positions[at])} would see key "
+                f"{who}: span {index} looks ahead of the query: query {int(positions[at])} would see key "
                 f"{int(last[at])}. `last` must be at most the query's own position."
             )
         for end, values in (("first", first), ("last", last)):

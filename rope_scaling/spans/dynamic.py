@@ -22,8 +22,8 @@ Self = TypeVar("Self", bound="Dynamic")
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic(SpanMethod):
-    """What the dynamic methods share: a query at position `m` turns itself and all keys it sees with the frequencies
-    of the first step that reaches `m + 1` tokens.
+    """What the dynamic methods share: a query at position `m` rotates itself and all keys it sees with the frequencies
+    of the first step of at least `m + 1` tokens.
 
     A token's logits so depend on the tokens before it and on nothing else, neither on what a cache was filled with
     nor on the length of the call, and inside the trained length they are the pretrained ones. Transformers' own
@@ -94,9 +94,9 @@ class Dynamic(SpanMethod):
         if found is None:
             return Span(first, last)
         inv_freq, attention_factor = found
-        turned = replace(rope, inv_freq=inv_freq.double()).positions(lambda positions: positions)
+        angles = replace(rope, inv_freq=inv_freq.double()).positions(lambda positions: positions)
         gain = (attention_factor / rope.attention_factor) ** 2
-        return Span(first, last, turned, turned, None if gain == 1 else torch.full_like(rope.inv_freq, gain))
+        return Span(first, last, angles, angles, None if gain == 1 else torch.full_like(rope.inv_freq, gain))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class DynamicLongRope(Dynamic):
     needs_training: ClassVar[str] = "yes"
 
     long_factor: tuple[float, ...]
-    """How much slower each pair turns beyond the trained length, `[R / 2]`."""
+    """How much slower each pair rotates beyond the trained length, `[R / 2]`."""
     short_factor: tuple[float, ...] | None = None
     """The same inside it; by default 1."""
     factor: float
@@ -178,7 +178,7 @@ class DynamicLongRope(Dynamic):
         super().__post_init__()
 
     def begins(self, rope: Rope) -> int:
-        # Of a model that arrives with both lists, the length before any scaling; that is where its switch lies.
+        # Of a model loaded with both lists, the length before any scaling, which is where it switches.
         return rope.geometry.original_max_position_embeddings
 
     def at(self, factor: float) -> FrequencyMethod:
@@ -190,5 +190,5 @@ class DynamicLongRope(Dynamic):
             return long, attention_factor
         short: Sequence[float] = self.short_factor or (1.0,) * len(long)
         if len(short) != len(long):
-            raise RopeScalingError(f"`short_factor` has {len(short)} numbers; this model turns {len(long)} pairs.")
+            raise RopeScalingError(f"`short_factor` has {len(short)} numbers; this model rotates {len(long)} pairs.")
         return default_inv_freq(rope.geometry) / torch.tensor(short, dtype=torch.float64), attention_factor

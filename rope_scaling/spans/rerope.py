@@ -22,7 +22,7 @@ class ReRope(SpanMethod):
     changes: ClassVar[str] = "distances saturate at a window"
 
     window: int | None = None
-    """Distance in tokens at which all pairs stop turning, `w`; by default half the trained length."""
+    """Distance in tokens at which all pairs stop rotating, `w`; by default half the trained length."""
 
     def __post_init__(self) -> None:
         keep_whole(self, "window")

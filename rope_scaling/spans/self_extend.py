@@ -49,5 +49,5 @@ class SelfExtend(SpanMethod):
 
     @classmethod
     def sweep_fields(cls, factor: float) -> dict[str, Any]:
-        """Groups that reach `factor` trained lengths, `G (L0 - w) + w`, with the default window `w` of half of one."""
+        """Groups for a context of `factor` trained lengths, `G (L0 - w) + w`, with the default window `w = L0 / 2`."""
         return {"group_size": max(math.ceil(2 * factor), 2)}

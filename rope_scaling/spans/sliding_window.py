@@ -16,7 +16,7 @@ class SlidingWindow(SpanMethod):
     """Every query sees the last `window` keys, and the first `num_sinks` of the text, all at their true distance
     ([Longformer](https://huggingface.co/papers/2004.05150); sinks: [StreamingLLM](https://huggingface.co/papers/2309.17453)).
 
-    Sinks keep their true distance, which beyond the trained length turns them to angles the model never met;
+    Sinks keep their true distance, which beyond the trained length rotates them to angles the model never met;
     `lm_infinite` and `streaming` do not.
     """
 
@@ -47,7 +47,7 @@ class SlidingWindow(SpanMethod):
 
 
 def any_length(rope: Rope, farthest: int) -> int | None:
-    """`None`, the reach of a method that never goes beyond distance `farthest`; unless that is not trained itself."""
+    """`None` (any length) for a method whose distances end at `farthest`, unless that itself is beyond training."""
     return None if farthest <= rope.trained_length else rope.trained_length
 
 
@@ -58,7 +58,8 @@ def keep_sinks(method: SpanMethod, at_least: int = 0) -> None:
     window, num_sinks = method.window, method.num_sinks  # type: ignore[attr-defined]
     if num_sinks < at_least:
         raise RopeScalingError(
-            f"`num_sinks` must be at least {at_least}; got {num_sinks}. Without, use `sliding_window`"
+            f"`num_sinks` must be at least {at_least}; got {num_sinks}. For a window without sinks use "
+            "`sliding_window`"
         )
     if window is not None:
         check_sinks(window, num_sinks)

@@ -14,7 +14,7 @@ from rope_scaling.spans.base import Rope, Span, SpanMethod, causal
 
 @dataclass(frozen=True, kw_only=True)
 class WavePrune(SpanMethod):
-    """A pair counts up to its first turns and is taken out beyond ([paper](https://huggingface.co/papers/2610.06963)).
+    """A pair counts up to its first rotations and is taken out beyond ([paper](https://huggingface.co/papers/2610.06963)).
 
     Pair `i` contributes while `D theta_i <= 2 pi alpha`. The authors' kernel treats 16 dimensions as one, with the
     largest window among them; this is the definition itself, pair by pair.
@@ -22,16 +22,16 @@ class WavePrune(SpanMethod):
 
     name: ClassVar[str] = "waveprune"
     paper: ClassVar[str] = "https://huggingface.co/papers/2610.06963"
-    changes: ClassVar[str] = "pairs count up to their first turn only"
+    changes: ClassVar[str] = "pairs count in their first rotation only"
 
     alpha: float = 1.0
-    """Turns up to which a pair counts."""
+    """Rotations up to which a pair counts."""
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, above=0.0)
 
     def spans(self, rope: Rope) -> list[Span]:
-        # The first distance at which a pair no longer counts; the small term keeps a whole number of turns in.
+        # The first distance at which a pair no longer counts; the small term keeps a whole number of rotations in.
         gone = torch.floor(2 * math.pi * self.alpha / rope.inv_freq + 1e-9) + 1
         limits = sorted({int(distance) for distance in gone.tolist() if distance != math.inf})
         spans: list[Span] = []

@@ -47,7 +47,7 @@ def make_sequences(
 
     Args:
         texts (iterable of name and text): What `rope_scaling.texts.read_texts` gives, or any other; or a function
-            that returns one, which a stream needs, since it begins anew every epoch.
+            that returns one, which a stream needs, since it begins again every epoch.
         tokenizer: The model's own.
         length (`int`): Tokens of a sequence with its BOS, at most.
         min_length (`int`, *optional*): Tokens of a sequence, at least; by default `length`, so that all are alike.
@@ -67,7 +67,7 @@ def make_sequences(
         raise RopeScalingError(f"`min_length` {least} is more than `length` {length}: no sequence could be both.")
     if streaming:
         if not callable(texts):
-            raise RopeScalingError("A stream begins anew every epoch: give `texts` as a function that returns them.")
+            raise RopeScalingError("A stream begins again every epoch: give `texts` as a function that returns them.")
         arguments = {"texts": texts, "tokenizer": tokenizer, "length": length, "least": least}
         stream = datasets.IterableDataset.from_generator(_stream, gen_kwargs=arguments)
         return stream if max_sequences is None else stream.take(max_sequences)

@@ -30,7 +30,7 @@ def chunked_cross_entropy(
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): Divides the sum of losses; by default the mean
             over labels other than `ignore_index` is taken. As Transformers' own loss does.
         ignore_index (`int`): Label of positions that do not count.
-        chunk_size (`int`): Tokens whose logits stand in memory at once.
+        chunk_size (`int`): Tokens whose logits are in memory at once.
 
     Returns:
         `torch.Tensor`: the loss, float32, a scalar.

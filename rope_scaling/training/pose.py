@@ -1,9 +1,9 @@
 """Positional skip-wise training: short sequences whose positions cover the target length.
 
 Zhu et al., "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training",
-https://huggingface.co/papers/2309.10400. A sequence is cut into chunks; each chunk keeps its inner order and stands
-a random number of positions after the one before it. So a model meets every distance up to the target length while it
-attends over its trained length only.
+https://huggingface.co/papers/2309.10400. A sequence is cut into chunks; each chunk keeps its inner order and starts
+a random number of positions after the previous one, so that a model meets every distance up to the target length while
+it attends over its trained length only.
 """
 
 from __future__ import annotations

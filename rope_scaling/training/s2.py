@@ -39,7 +39,7 @@ def s2_attention(
         `torch.Tensor`: `[B, H, T, d]`.
 
     Raises:
-        RopeScalingError: an odd group, a single head, or as many keys as queries are not there (a cache).
+        RopeScalingError: `group_size` is odd, there is a single head, or query and key lengths differ (a cache).
     """
     if check_length("group_size", group_size) % 2:
         raise RopeScalingError(

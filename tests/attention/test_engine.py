@@ -1,4 +1,4 @@
-"""The tiled engine against the law, outputs and gradients; and the law against loops."""
+"""The tiled engine against the reference implementation, outputs and gradients; and that against loops."""
 
 import math
 from dataclasses import replace

@@ -128,7 +128,7 @@ def test_describe_reads_a_config_and_shows_what_a_method_would_do(folder, comman
     plain = command("describe", folder)
     assert plain.returncode == 0 and "model.rotary_emb: not patched" in plain.stdout
     would = command("describe", folder, "--method", "yarn:beta_fast=16", "--factor", "4", "--pairs")
-    assert "yarn:factor=4,beta_fast=16" in would.stdout and "turns in trained / target length" in would.stdout
+    assert "yarn:factor=4,beta_fast=16" in would.stdout and "rotations in trained / target length" in would.stdout
 
 
 def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):
@@ -138,7 +138,7 @@ def test_export_writes_a_folder_or_prints_the_keys(folder, tmp_path, command):
     done = command(
         "export", folder, "--target", "sglang", "--method", "yarn", "--factor", "4", "--out", tmp_path / "out"
     )
-    assert done.returncode == 0 and "how to serve it stands in its README.md" in done.stdout
+    assert done.returncode == 0 and "its README.md says how to serve it" in done.stdout
     saved = tmp_path / "saved"
     rope_scaling.patch(make_model("llama", vocab_size=4096), "yarn", factor=4).save_pretrained(saved)
     again = command("export", saved, "--target", "sglang")
@@ -164,21 +164,21 @@ def overstated(tmp_path_factory):
 def test_a_trained_length_that_the_config_does_not_know(given, overstated, command):
     method = ["--method", *given, "--factor", 4]
     described = command("describe", overstated, *method)
-    assert "64 trained, 64 as it arrived, 256 now" in described.stdout
+    assert "64 trained, 64 as loaded, 256 now" in described.stdout
     keys = json.loads(command("export", overstated, "--target", "vllm", *method).stdout)
     assert keys["max_position_embeddings"] == 256
     assert keys["rope_parameters"]["original_max_position_embeddings"] == 64
 
 
 def test_the_doctor_takes_a_trained_length_that_the_config_does_not_know(overstated, tmp_path, command):
-    assert "64 trained, 64 as it arrived" in command("doctor", overstated, *ORIGINAL).stdout
+    assert "64 trained, 64 as loaded" in command("doctor", overstated, *ORIGINAL).stdout
     config = json.loads((overstated / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
     config["max_position_embeddings"] = 256
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "RS102" in command("doctor", tmp_path).stdout
     told = command("doctor", tmp_path, *ORIGINAL)
-    assert "64 trained, 256 as it arrived" in told.stdout and "RS10" not in told.stdout and not told.stderr
+    assert "64 trained, 256 as loaded" in told.stdout and "RS10" not in told.stdout and not told.stderr
     rope_scaling.patch(make_model("llama"), "yarn", factor=2).save_pretrained(tmp_path / "patched")
     assert "records the trained length" in command("doctor", tmp_path / "patched", *ORIGINAL).stderr
 
@@ -215,7 +215,7 @@ def test_names_of_methods_in_any_case(folder, command):
 def test_a_length_is_tokens_or_a_multiple(folder, command):
     method = ["--method", "yarn"]
     wanted = command("describe", folder, *method, "--target-length", 2048).stdout
-    assert "64 trained, 64 as it arrived, 2048 now" in wanted
+    assert "64 trained, 64 as loaded, 2048 now" in wanted
     for written in ("2k", "2K", "32x"):
         assert command("describe", folder, *method, "--target-length", written).stdout == wanted
     assert "yarn:factor=32" in command("describe", folder, "--method", "yarn:target_length=2k").stdout
@@ -261,7 +261,7 @@ def case(message, *arguments):
         case("Invalid value for '--factor'", "evaluate", "--factor", "four"),
         case("not both", "evaluate", "--model", "MODEL", "--factor", "4", "--target-length", "256"),
         case(
-            "`--target-length` is 32, but the model reads 64 tokens",
+            "`--target-length` is 32, but the context length as loaded is 64",
             "evaluate",
             "--model",
             "MODEL",
@@ -269,7 +269,7 @@ def case(message, *arguments):
             "32",
         ),
         case(
-            "self_extend reaches 288 tokens on this model with these settings, and 512 are wanted",
+            "self_extend supports 288 tokens on this model with these settings, and 512 are wanted",
             *("evaluate", "--model", "MODEL", "--method", "self_extend", "--factor", "8"),
         ),
         case(
@@ -313,9 +313,7 @@ def case(message, *arguments):
             "--output",
             "OCCUPIED",
         ),
-        case(
-            "'yarn' needs to know how far: give `factor` or `target_length`", "describe", "MODEL", "--method", "yarn"
-        ),
+        case("'yarn' requires a length: give `factor` or `target_length`", "describe", "MODEL", "--method", "yarn"),
         case("`--factor` can only be given with `--method`", "describe", "MODEL", "--factor", "4"),
         case(
             "`--original-max-position-embeddings` can only be given with `--method`",
@@ -324,7 +322,7 @@ def case(message, *arguments):
             "--original-max-position-embeddings",
             "32",
         ),
-        case("holds no model: it has no `config.json`", "describe", "OCCUPIED"),
+        case("has no model: there is no `config.json`", "describe", "OCCUPIED"),
         case("has no rotary position embedding", "describe", "GPT2"),
         case("must be even", "describe", "ODD"),
         case("Cannot load", "describe", "LENGTHLESS"),
@@ -396,7 +394,9 @@ def test_a_warning_is_one_line(folder, text, tmp_path, capsys):
         main(["evaluate", *map(str, arguments), "--output", str(tmp_path / "out")])
     assert stopped.value.code == 0
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("rope-scaling: warning: A text of 255 tokens is beyond the reach") for line in lines)
+    assert any(
+        line.startswith("rope-scaling: warning: A text of 255 tokens exceeds the context length of") for line in lines
+    )
     assert not any("UserWarning" in line for line in lines)
 
 
@@ -492,5 +492,5 @@ def test_target_lengths_of_an_evaluation(given, factor):
 
 
 def test_a_target_length_of_an_evaluation_below_what_the_model_reads():
-    with pytest.raises(RopeScalingError, match="`--target-length` is 512, but the model reads 1024 tokens as it is"):
+    with pytest.raises(RopeScalingError, match="`--target-length` is 512, but the context length as loaded is 1024"):
         _factor(None, "0.5x", longest=3072, trained=1024)

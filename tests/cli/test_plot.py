@@ -21,7 +21,7 @@ def test_pictures(method, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "yarn:factor=4"], "'yarn' is no method of spans"),
+        (["--method", "yarn:factor=4"], "'yarn' is not a span method"),
         (["--method", "rerope+log_n"], "names several methods"),
         (["--method", "rerop"], "Unknown method 'rerop'"),
         (["--method", "rerope", "--output", "nowhere/map.png"], "There is no folder 'nowhere'"),

@@ -158,7 +158,7 @@ def test_export(kind, saved, command, tmp_path):
     written = command("export", saved(kind), "--target", "transformers", "--out", tmp_path / "out")
     if kind in ("gptj", "codegen") or PATCHED.get(kind, "yarn") != "yarn":
         assert printed.returncode == written.returncode == 2
-        assert re.search("changes attention|computes its angles in its code", printed.stderr)
+        assert re.search("changes attention|hard-codes its rotary frequencies", printed.stderr)
         assert len(printed.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
         return
     keys = json.loads(printed.stdout)
@@ -195,7 +195,7 @@ def test_a_sweep_leaves_out_what_the_model_does_not_take(saved, text, command, t
     done = command("evaluate", "--model", saved("mllama"), *data, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     left_out = [line for line in done.stderr.splitlines() if "methods left out (" in line]
-    assert len(left_out) == 1 and "rerope" in left_out[0] and "spans cannot reach it" in left_out[0]
+    assert len(left_out) == 1 and "rerope" in left_out[0] and "spans cannot be applied to it" in left_out[0]
     methods = {json.loads(line)["method"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()}
     assert {"yarn", "linear", "unpatched"} < methods and "rerope" not in methods
 

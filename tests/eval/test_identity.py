@@ -206,7 +206,7 @@ def test_training_on_into_the_same_folder_is_noticed(tmp_path, capsys):
 
     assert command("--output", tmp_path / "out")[0] == 0
     code, again = command("--output", tmp_path / "out")
-    assert code == 0 and "3 of 3 scores were found in" in again.out and "`--fresh` measures them anew" in again.out
+    assert code == 0 and "3 of 3 scores were found in" in again.out and "`--fresh` measures them again" in again.out
     first = read_rows(tmp_path / "out" / "rows.jsonl")
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)

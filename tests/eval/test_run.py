@@ -314,7 +314,7 @@ def test_an_extent_is_given_once():
         patch_by_text(make_model("llama"), "yarn:factor=2", target_length=256)
     with pytest.raises(RopeScalingError, match="the method has 2. Give one of the two"):
         patch_by_text(make_model("llama"), "yarn:factor=2+log_n", factor=4)
-    with pytest.raises(RopeScalingError, match="'yarn' needs to know how far"):
+    with pytest.raises(RopeScalingError, match="'yarn' requires a length"):
         patch_by_text(make_model("llama"), "yarn+log_n")
 
 

@@ -224,5 +224,5 @@ def test_ntk_refuses_a_single_pair():
 
 
 def test_abf_refuses_to_derive_a_base_from_too_short_a_length():
-    with pytest.raises(RopeScalingError, match="below one turn.*Give `rope_theta`"):
+    with pytest.raises(RopeScalingError, match="below one rotation.*Give `rope_theta`"):
         make_method("abf", factor=2).inv_freq(make_geometry((64, 1e4, 6)))

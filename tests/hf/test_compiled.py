@@ -77,7 +77,7 @@ def test_what_a_graph_cannot_hold_is_said(whole):
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(RopeScalingError, match=r"Attention dropout \(0\.1\) does not go through FlexAttention"):
         logits(torch.compile(model, backend="eager"), use_cache=False)
-    with pytest.raises(RopeScalingError, match="never holds its probabilities"):
+    with pytest.raises(RopeScalingError, match="never stores its probabilities"):
         logits(torch.compile(apply(strong("llama"), "rerope"), backend="eager"), output_attentions=True)
 
 

@@ -22,7 +22,7 @@ def test_unpatched(llama, capsys):
     assert (
         "LlamaForCausalLM" in text
         and "model.rotary_emb: not patched" in text
-        and "64 trained, 64 as it arrived, 64 now" in text
+        and "64 trained, 64 as loaded, 64 now" in text
     )
 
 
@@ -30,7 +30,7 @@ def test_patched(llama, capsys):
     rope_scaling.patch(llama, "yarn", factor=4, beta_fast=16)
     text = described(llama, capsys)
     assert "model.rotary_emb: yarn:factor=4,beta_fast=16" in text
-    assert "64 trained, 64 as it arrived, 256 now" in text
+    assert "64 trained, 64 as loaded, 256 now" in text
     assert "attention factor  1.13863" in text
     assert "8 pairs, torch.float32" in text
     assert "plain Transformers reloads it, as rope_type 'yarn'" in text
@@ -42,18 +42,18 @@ def test_pair_table(llama, capsys):
     table = [line for line in lines if line.strip()[:1].isdigit()]
     assert len(table) == 8
     assert table[0].split()[1:3] == ["6.28", "6.28"]
-    assert "stands still" in table[-1]
+    assert "stopped" in table[-1]
 
 
 @pytest.mark.parametrize(
     ("family", "method", "expected"),
     [
-        ("qwen2-yarn", "yarn", "arrived with yarn x4 over 64 tokens; x2 more makes yarn x8 over 64 tokens"),
-        ("llama3.1", "llama3", "arrived with llama3 x8 over 64 tokens; x2 more makes llama3 x16 over 64 tokens"),
+        ("qwen2-yarn", "yarn", "loaded with yarn x4 over 64 tokens; x2 more makes yarn x8 over 64 tokens"),
+        ("llama3.1", "llama3", "loaded with llama3 x8 over 64 tokens; x2 more makes llama3 x16 over 64 tokens"),
         (
             "llama3.1",
             "yarn",
-            "arrived with llama3, which reads 512 tokens; kept, and multiplied pair by pair with what yarn "
+            "loaded with llama3 for 512 tokens; kept, and multiplied pair by pair with what yarn "
             "does to a model trained at 512 tokens",
         ),
     ],
@@ -63,7 +63,7 @@ def test_arithmetic_on_models_that_arrive_scaled(family, method, expected, capsy
 
 
 def test_arrived_scaling_is_named(capsys):
-    assert "not patched; arrived with llama3:factor=8" in described(make_model("llama3.1"), capsys)
+    assert "not patched; loaded with llama3:factor=8" in described(make_model("llama3.1"), capsys)
 
 
 def test_layer_types_that_are_left_alone(capsys):
@@ -89,7 +89,7 @@ def test_numbers_are_read_back_from_the_module(llama):
 
 def test_spans_and_their_reach(llama, capsys):
     text = described(rope_scaling.patch(llama, rope_scaling.SelfExtend(group_size=4), rope_scaling.LogN()), capsys)
-    assert "self_extend:group_size=4 + log_n" in text and "reaches 160 tokens" in text
+    assert "self_extend:group_size=4 + log_n" in text and "up to 160 tokens" in text
     assert "plain Transformers refuses it; rope_scaling.from_pretrained loads it" in text
     assert "any length" in described(rope_scaling.patch(llama, "rerope"), capsys)
 
@@ -146,7 +146,7 @@ def test_however_the_model_is_wrapped(wrap, method, arguments):
     for model in (before, after):
         (slot,) = read_description(model).slots
         assert slot.method.startswith(method) and slot.target_length >= 64
-        assert ("reaches" in slot.arithmetic or "any length" in slot.arithmetic) == (method == "rerope")
+        assert ("up to" in slot.arithmetic or "any length" in slot.arithmetic) == (method == "rerope")
     rope_scaling.patch(before, "yarn", factor=2)
     assert read_description(before).slots[0].method == "yarn:factor=2"
     rope_scaling.unpatch(before)

@@ -291,8 +291,8 @@ def test_every_code_is_planted():
         ("no/such/folder", {}, "no model folder"),
         ("here", {}, "no `config.json`"),
         ("here", {"config": "[]"}, "must hold a mapping"),
-        ("here", {"config": "{"}, "no JSON"),
-        ("here", {"config": "[" * 100_000}, "no JSON"),
+        ("here", {"config": "{"}, "not valid JSON"),
+        ("here", {"config": "[" * 100_000}, "not valid JSON"),
     ],
 )
 def test_what_cannot_be_read(name, files, message, tmp_path):

@@ -81,9 +81,9 @@ def test_overrides_for_a_server_that_has_the_weights():
     assert "rope_theta" not in overrides["rope_scaling"] and overrides["rope_theta"] == 10000.0
 
 
-@pytest.mark.parametrize("case", ["as it arrived", "linear", "ntk", "yarn", "mrrope_pro", "p_rope"])
+@pytest.mark.parametrize("case", ["as loaded", "linear", "ntk", "yarn", "mrrope_pro", "p_rope"])
 def test_what_was_written_for_transformers_4_keeps_both_forms_in_every_further_save(case, tmp_path):
-    model = make_model("llama3.1") if case == "as it arrived" else apply(make_model("llama"), case)
+    model = make_model("llama3.1") if case == "as loaded" else apply(make_model("llama"), case)
     first = exported(model, tmp_path / "0", "transformers-v4")
     for number in (1, 2):
         again = rope_scaling.from_pretrained(tmp_path / str(number - 1))

@@ -32,7 +32,7 @@ def test_the_table_has_every_family():
 
 
 def test_most_families_work():
-    """Of decoders that turn queries and keys and can be built: 90% for frequencies, 75% for spans."""
+    """Of decoders that rotate queries and keys and can be built: 90% for frequencies, 75% for spans."""
     rows = [row for model_type, row in ROWS.items() if model_type not in ENCODERS]
     built = [row.split("|") for row in rows if "not constructible" not in row and "has no rotary" not in row]
     for column, share in enumerate((0.9, 0.75, 0.75)):

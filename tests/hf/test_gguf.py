@@ -35,11 +35,11 @@ def test_every_static_method_goes_into_the_file(case, base, tmp_path):
     assert length == model.config.max_position_embeddings
 
 
-@pytest.mark.parametrize("method", ["as it arrived", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("method", ["as loaded", "linear", "ntk", "yarn"])
 def test_a_model_that_arrives_with_a_share_of_its_pairs_goes_into_the_file(method, base, tmp_path):
     rope = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e4}
     model = make_model("llama", rope_parameters=rope)
-    if method != "as it arrived":
+    if method != "as loaded":
         rope_scaling.patch(model, method, factor=4)
     inv_freq, attention_factor, _ = gguf_files.read(rewrite_gguf(model, base, tmp_path / "new.gguf"))
     assert np.allclose(inv_freq, rotary(model).inv_freq.double().numpy(), rtol=1e-6, atol=1e-29)
@@ -66,8 +66,8 @@ def test_refusals_leave_nothing(base, tmp_path):
     other = rope_scaling.patch(make_model("llama", hidden_size=32, head_dim=8), "yarn", factor=4)
     spans = rope_scaling.patch(make_model("llama"), "self_extend", group_size=4)
     for patched, source, target, message in (
-        (model, tmp_path / "text.gguf", out, "no GGUF file that can be read"),
-        (model, tmp_path / "none.gguf", out, "no GGUF file that can be read"),
+        (model, tmp_path / "text.gguf", out, "not a readable GGUF file"),
+        (model, tmp_path / "none.gguf", out, "not a readable GGUF file"),
         (model, base, tmp_path / "there.gguf", "exists. Give a new file"),
         (other, base, out, "is of another model: `embedding_length` there 64, here 32"),
         (spans, base, out, "changes attention, and llama.cpp knows frequencies only"),

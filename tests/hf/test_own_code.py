@@ -25,9 +25,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("load", [load_model, rope_scaling.from_pretrained])
 def test_code_of_a_folder_is_not_run(load, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(
-        RopeScalingError, match=r"brings modelling code of its own.*hand the model to `rope_scaling\.patch`"
-    ):
+    with pytest.raises(RopeScalingError, match=r"has custom modelling code.*pass the model to `rope_scaling\.patch`"):
         load(str(folder))
     assert {finding.code for finding in rope_scaling.diagnose(str(folder)).findings} == {"RS114"}
     assert not (folder / "was-run").exists()

@@ -299,7 +299,7 @@ def test_a_patch_that_changes_nothing_raises(llama):
     ("arguments", "message"),
     [
         (("yran",), r"Unknown method 'yran'\. Did you mean 'yarn'"),
-        (("yarn", {}), "'yarn' needs to know how far: give `factor` or `target_length`"),
+        (("yarn", {}), "'yarn' requires a length: give `factor` or `target_length`"),
         (
             ("yarn", {"factor": 4, "target_length": 256}),
             "`factor` or `target_length`, not both; got factor=4 and target_length=256",
@@ -309,7 +309,7 @@ def test_a_patch_that_changes_nothing_raises(llama):
         (("yarn", {"factor": "4"}), "got '4'"),
         (
             ("yarn", {"target_length": 32}),
-            "`target_length` is 32, but the model reads 64 tokens as it is; give at least 64",
+            "`target_length` is 32, but the context length as loaded is 64; give at least 64",
         ),
         (("yarn", {"target_length": 100.5}), "`target_length` must be a whole number of tokens.*got 100.5"),
         (("yarn", {"factor": 4, "bta_fast": 3}), "Unknown argument of 'yarn': 'bta_fast'. Did you mean 'beta_fast'"),
@@ -378,14 +378,14 @@ def test_a_config_edited_after_loading_is_noticed(llama):
 
 def test_length_dependent_frequencies_are_refused():
     model = make_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(RopeScalingError, match="arrives with `rope_type` 'dynamic'.*Load it with plain frequencies"):
+    with pytest.raises(RopeScalingError, match="is loaded with `rope_type` 'dynamic'.*Load it with plain frequencies"):
         rope_scaling.patch(model, "yarn", factor=4)
 
 
 def test_an_odd_rotary_width_is_refused():
     model = make_model("phi", partial_rotary_factor=1.0, hidden_size=12)  # heads 3 wide
     with pytest.raises(
-        RopeScalingError, match="must be even, because dimensions turn in pairs; this model's heads are 3 wide"
+        RopeScalingError, match="must be even, because dimensions rotate in pairs; the heads of this model are 3 wide"
     ):
         rope_scaling.patch(model, "yarn", factor=4)
 

@@ -41,7 +41,7 @@ def test_without_a_frequency_method_nothing_is_rescaled(method):
 
 def test_reverting_needs_a_patch():
     planned = plan(make_model("llama"), "yarn", factor=4)
-    with pytest.raises(RopeScalingError, match="not patched: there is nothing to take back"):
+    with pytest.raises(RopeScalingError, match="not patched: there is nothing to revert"):
         planned.revert(make_model("llama"))
 
 

@@ -125,7 +125,7 @@ def test_llama_4_scouts_equal_factors_are_a_step(tmp_path):
     slot = read_description(load_skeleton(path)).slots[0]
     wanted, _ = formulas.llama3(32, 5e5, 8192, 16, 1, 1)
     assert torch.allclose(slot.inv_freq, torch.tensor(wanted), rtol=1e-6)
-    assert slot.method == "not patched; arrived with llama3:factor=16,high_freq_factor=1"
+    assert slot.method == "not patched; loaded with llama3:factor=16,high_freq_factor=1"
     model = made(SCOUT, tmp_path)
     rope_scaling.patch(model, "llama3", factor=2)
     wanted, _ = formulas.llama3(32, 5e5, 8192, 32, 1, 1)
@@ -181,6 +181,6 @@ def test_types_that_transformers_does_not_have_are_one_line_everywhere(kind, tmp
 def test_a_model_that_is_larger_than_the_memory_is_described_and_diagnosed(name, changes, tmp_path):
     """A layer of its experts would take terabytes."""
     path = folder(tmp_path, {**RIGHT[name], **changes})
-    assert read_description(load_skeleton(path)).slots[0].method.startswith("not patched; arrived with")
+    assert read_description(load_skeleton(path)).slots[0].method.startswith("not patched; loaded with")
     diagnosis = diagnose(path)
     assert codes(diagnosis) == set() and diagnosis.description is not None

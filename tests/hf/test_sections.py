@@ -1,4 +1,4 @@
-"""Vision-language models that turn by three axes at once: frequency methods keep their sections, spans take text."""
+"""Vision-language models that rotate by three axes at once: frequency methods keep their sections, spans take text."""
 
 import pytest
 import torch

@@ -269,7 +269,9 @@ def test_a_cache_under_any_name_is_seen_and_one_that_is_not_is_told():
     hidden = {"hidden_states": torch.zeros(1, 50, 64), "attention_mask": None, CACHE_NAME: cache}
     turns = model.model.rotary_emb(hidden["hidden_states"], torch.arange(70, 120)[None])
     call = Call(installed(model.model), read_documents(1, 50, 0, None, None), [], 50)
-    with pytest.raises(RopeScalingError, match=r"got 120 keys in a call of 50 tokens, but the decoder got no cache"):
+    with pytest.raises(
+        RopeScalingError, match=r"got 120 keys in a call of 50 tokens, but the decoder hook found no cache"
+    ):
         inner(**hidden, position_embeddings=turns, **{CALL: call})
 
 
@@ -319,7 +321,7 @@ def clip(low, high):
     [
         (own(), "must be a list of one or more `Span`"),
         (own(clip(lambda m: m * 0, lambda m: m), clip(lambda m: m - 5, lambda m: m - 3)), "spans 0 and 1 overlap at"),
-        (own(clip(lambda m: m * 0, lambda m: m + 1)), "span 0 reaches ahead of the query"),
+        (own(clip(lambda m: m * 0, lambda m: m + 1)), "span 0 looks ahead of the query"),
         (
             own(clip(lambda m: m - m % 7, lambda m: m), clip(lambda m: m * 0, lambda m: m - 2 * (m % 7) - 1)),
             "`last` of span 1 decrea",
@@ -351,8 +353,8 @@ def test_methods_of_ones_own_are_checked(method, message):
         ([LogN(), LogN(length=9)], {}, "log_n and log_n both decide the temperature"),
         (["yarn", ReRope()], {"factor": 2}, "A name stands for one method with its arguments"),
         ([ReRope], {}, "must be a name such as 'yarn' or a method object"),
-        ([SelfExtend(group_size=2)], {"factor": 4}, "self_extend reaches 96 tokens on this model .* 256 are wanted"),
-        ([rope_scaling.String()], {"target_length": 100}, "string reaches 80 tokens .* 100 are wanted"),
+        ([SelfExtend(group_size=2)], {"factor": 4}, "self_extend supports 96 tokens on this model .* 256 are wanted"),
+        ([rope_scaling.String()], {"target_length": 100}, "string supports 80 tokens .* 100 are wanted"),
         ([Alternating(layer_kinds=("local",) * 3)], {}, "`layer_kinds` names 3 layers; this model has 2"),
         (["self_extend"], {"window": 64}, "no room is left"),
         (["rerop"], {}, "Unknown method 'rerop'. Did you mean 'rerope'"),
@@ -370,7 +372,7 @@ def test_bad_patches(methods, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output_attentions": True}, "never holds its probabilities"),
+        ({"output_attentions": True}, "never stores its probabilities"),
         ({"attention_mask": torch.ones(1, 1, 20, 20)}, r"1 for tokens and 0 for padding, with shape \(1, 20\); got"),
         ({"attention_mask": torch.full((1, 20), -100.0)}, "got shape .*torch.float32"),
         ({"attention_mask": torch.ones(1, 10, dtype=torch.long)}, r"with shape \(1, 20\); got shape \(1, 10\)"),
@@ -394,14 +396,14 @@ def test_models_whose_attention_cannot_be_reached():
     rope_scaling.patch(model, "yarn", factor=2)  # frequencies do not need attention
 
 
-def test_attention_that_goes_both_ways_is_refused_not_made_causal():
+def test_attention_that_is_bidirectional_is_refused_not_made_causal():
     model = make_model("llama", is_causal=False)
     changed = token_ids(150)
     changed[0, -1] += 1
     before = logits(model)
     assert not torch.equal(logits(model, changed)[:, 0], before[:, 0])
     for method in ("self_extend", "streaming", "log_n"):
-        with pytest.raises(RopeScalingError, match="attends both ways"):
+        with pytest.raises(RopeScalingError, match="uses bidirectional attention"):
             rope_scaling.patch(model, method)
     assert torch.equal(logits(model), before)
 
@@ -440,7 +442,7 @@ def test_layer_types_with_equal_frequencies_are_told_apart():
 def test_texts_beyond_the_reach_are_warned_of_once():
     model = rope_scaling.patch(strong("llama"), SelfExtend(group_size=2))
     with pytest.warns(
-        UserWarning, match="120 tokens is beyond the reach of self_extend .* which is 96 tokens"
+        UserWarning, match="120 tokens exceeds the context length of self_extend .* which is 96 tokens"
     ) as told:
         logits(model, token_ids(120))
     assert Path(told[0].filename).name == "conftest.py", "where the model was called"

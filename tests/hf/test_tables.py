@@ -159,7 +159,7 @@ def test_an_adapter_brings_the_scaling_along(coded, tmp_path):
 
 @pytest.mark.parametrize("target", ["transformers", "vllm", "llama.cpp"])
 def test_no_config_tells_a_server_of_it(target, coded):
-    with pytest.raises(RopeScalingError, match=r"computes its angles in its code.*rope_scaling\.from_pretrained"):
+    with pytest.raises(RopeScalingError, match=r"hard-codes its rotary frequencies.*rope_scaling\.from_pretrained"):
         rope_scaling.config_overrides(rope_scaling.patch(coded, "yarn", factor=4), target)
 
 

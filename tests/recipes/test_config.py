@@ -90,14 +90,14 @@ def test_the_head_of_every_published_recipe_says_where_it_is_from():
         ("patch=yarn", "`patch`: input should be a dictionary"),
         ("lora.rank=8", "Unknown recipe field `lora.rank`"),
         ("training.output_dir=x", "there are `--output-dir`, `--resume` and `parallelism`"),
-        ("model.name=x", "`model` is no section of a recipe"),
+        ("model.name=x", "`model` is not a section of a recipe"),
         (
             "patch.target_length=long",
             "`patch.target_length`: input should be tokens such as 32768 or 32k, or a multiple",
         ),
         ("data.sequence_length=8x", "`data.sequence_length`: input should be a valid integer"),
         ("max_steps", "An override is `field=value`"),
-        ("data.sequence_length=[", "is no YAML value"),
+        ("data.sequence_length=[", "is not valid YAML"),
     ],
 )
 def test_mistakes_name_the_field(override, message):
@@ -115,7 +115,7 @@ def test_files(tmp_path):
     with pytest.raises(RopeScalingError, match="must hold a mapping of fields; it holds list"):
         read_recipe(str(tmp_path / "list.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    with pytest.raises(RopeScalingError, match="is no YAML"):
+    with pytest.raises(RopeScalingError, match="is not valid YAML"):
         read_recipe(str(tmp_path / "broken.yaml"))
     with pytest.raises(RopeScalingError, match="The recipe lacks `data`"):
         make_recipe({"model": "demo"})

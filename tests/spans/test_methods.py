@@ -145,7 +145,11 @@ def test_other_vectors_need_not_either():
         ("sliding_window", {"window": -3}, "`window` must be a whole number of tokens, at least 1; got -3"),
         ("sliding_window", {"window": 4, "num_sinks": 4}, "there must be fewer of them than the window holds"),
         ("sliding_window", {"num_sinks": -1}, "`num_sinks` must be a whole number, at least 0; got -1"),
-        ("streaming", {"num_sinks": 0}, "`num_sinks` must be at least 1; got 0. Without, use `sliding_window`"),
+        (
+            "streaming",
+            {"num_sinks": 0},
+            "`num_sinks` must be at least 1; got 0. For a window without sinks use `sliding_window`",
+        ),
         ("leaky_rerope", {"slope": 0.5}, "`slope` must be a finite number, at least 1; got 0.5"),
         ("self_extend", {"group_size": 0}, "`group_size` must be a whole number of tokens, at least 1"),
         ("angle_clip", {"max_angle": 0}, "`max_angle` must be a finite number, above 0; got 0"),
@@ -166,7 +170,7 @@ def test_bad_arguments(name, arguments, message):
     ("method", "message"),
     [
         (SelfExtend(window=24), "`window` is 24 and the model was trained on 24 tokens, so no room is left"),
-        (AngleClip(max_angles=(1.0, 2.0)), "`max_angles` has 2 numbers; this model turns 8 pairs"),
+        (AngleClip(max_angles=(1.0, 2.0)), "`max_angles` has 2 numbers; this model rotates 8 pairs"),
         (AngleClip(saturation_length=1000), "No pair of this model has a wavelength beyond 1000 tokens"),
         (rope_scaling.DualChunk(chunk_size=30), "no larger than the trained length of 24"),
         (rope_scaling.String(shift=4, window=8), "keys would be pushed away"),
@@ -197,7 +201,7 @@ def test_arguments_that_would_be_ignored_are_refused():
 
 
 def test_only_span_methods_have_positions():
-    with pytest.raises(RopeScalingError, match="'yarn' is no method of spans"):
+    with pytest.raises(RopeScalingError, match="'yarn' is not a span method"):
         relative_positions("yarn", 10, factor=4.0)
 
 

@@ -128,15 +128,15 @@ def test_a_model_with_a_loss_of_its_own_is_refused():
             return out
 
     model.__class__ = Odd
-    with pytest.raises(RopeScalingError, match="in a way of its own"):
+    with pytest.raises(RopeScalingError, match="computes its loss differently"):
         rope_scaling.use_chunked_loss(model)
     assert model.lm_head.forward == head and "forward" not in vars(model)
 
 
 def test_bad_input():
-    with pytest.raises(RopeScalingError, match="no decoder and language-model head"):
+    with pytest.raises(RopeScalingError, match="no separate decoder and language-model head"):
         rope_scaling.use_chunked_loss(strong("llama").model)
     with pytest.raises(RopeScalingError, match="at least 1; got 0"):
         rope_scaling.use_chunked_loss(strong("llama"), 0)
-    with pytest.raises(RopeScalingError, match="nothing to take back"):
+    with pytest.raises(RopeScalingError, match="nothing to revert"):
         rope_scaling.remove_chunked_loss(strong("llama"))

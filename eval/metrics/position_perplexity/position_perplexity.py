@@ -34,11 +34,11 @@ Args:
         (the first has nothing before it). All documents begin at position 0.
     trained_length (int): 1x, in tokens.
     lengths (list of int, optional): Where buckets end, ascending; by default the powers of two times `trained_length`
-        that the longest document reaches.
+        up to the length of the longest document.
     seed (int): Of the bootstrap over documents.
 Returns:
     `perplexity`: by bucket. `nll`, `nll_low`, `nll_high`: the mean in nats a token and its 95% interval over documents
-    (None for one document), by bucket. `documents`: how many reach the end of the bucket; shorter ones stay out of it.
+    (None for one document), by bucket. `documents`: how many extend to the bucket's end; shorter ones are left out.
 Examples:
     >>> metric = evaluate.load("rope_scaling/eval/metrics/position_perplexity")
     >>> metric.compute(nlls=[[2.0] * 255 + [4.0] * 256], trained_length=256)["perplexity"]["(1x,2x]"]

@@ -1,4 +1,4 @@
-"""Encoders: frequencies, and windows that reach to both sides, against masks written out by hand."""
+"""Encoders: frequencies, and windows to both sides, against masks written out by hand."""
 
 import copy
 import pickle
@@ -79,6 +79,6 @@ def test_saved_copied_and_pickled(tmp_path):
 @pytest.mark.parametrize("method", [SlidingWindow(window=8, num_sinks=2), rope_scaling.ReRope(), rope_scaling.LogN()])
 def test_what_needs_causal_attention_is_refused(method):
     model = make()
-    with pytest.raises(RopeScalingError, match="attends both ways.*`sliding_window` without sinks"):
+    with pytest.raises(RopeScalingError, match="uses bidirectional attention.*`sliding_window` without sinks"):
         rope_scaling.patch(model, method)
     assert torch.equal(logits(model), logits(make()))
