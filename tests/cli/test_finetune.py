@@ -52,7 +52,7 @@ def test_a_run_shows_before_and_after(tmp_path):
     own_recipe(tmp_path)
     done = run("own.yaml", "training.max_steps=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "as it" in done.stdout and "(1x,2x]" in done.stdout and " tokens in " in done.stdout
+    assert "loaded" in done.stdout and "(1x,2x]" in done.stdout and " tokens in " in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("{")) <= 80  # the Trainer's own
     rows = [json.loads(line) for line in (tmp_path / "runs" / "own" / "rows.jsonl").read_text().splitlines()]
     assert {row["recipe"] for row in rows} == {"own"}
