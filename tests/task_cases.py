@@ -2,6 +2,20 @@
 
 from dataclasses import dataclass
 
+from rope_scaling.eval.config import EvaluationConfig
+
+
+CONFIG = EvaluationConfig(
+    model="planted",
+    data="python-reference",
+    lengths=[256, 512],
+    trained_length=256,
+    factor=2.0,
+    dtype="float32",
+    device="cpu",
+    chunk_size=512,
+)
+
 
 @dataclass(frozen=True)
 class Case:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -10,24 +11,14 @@ import torch
 from planted import Finder, Planted
 
 from rope_scaling import RopeScalingError
-from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.suites import make_task, parse_task
 from rope_scaling.eval.tasks import Scores, Source
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.texts import read_texts
+from task_cases import CONFIG
 
 
 TOKENIZER = load_tokenizer("demo")
-CONFIG = EvaluationConfig(
-    model="planted",
-    data="python-reference",
-    lengths=[256, 512],
-    trained_length=256,
-    factor=2.0,
-    dtype="float32",
-    device="cpu",
-    chunk_size=512,
-)
 SOURCE = Source(lambda: read_texts("python-reference"), TOKENIZER)
 WORDS = " ".join(f"Line {number} is blue." for number in range(200))
 ITEM = {"context": "The sky is blue. ", "question": "Of what colour is it?", "choices": ["red", "blue"], "answer": 1}
@@ -48,7 +39,8 @@ class Guesser(Planted):
     """Likelihoods that have nothing to do with the text."""
 
     def logits_at(self, tokens, position):
-        return torch.randn(self.vocab_size, generator=torch.Generator().manual_seed(hash(tokens[-3:].tobytes()) >> 1))
+        seed = zlib.crc32(tokens[-3:].tobytes())  # the same in every process, as `hash` is not
+        return torch.randn(self.vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
 def test_one_passage_was_read_and_nothing_else_tells_it_apart():

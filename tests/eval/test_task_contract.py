@@ -8,7 +8,6 @@ import pytest
 from conftest import make_model
 from planted import Knower
 
-from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.figures import png
 from rope_scaling.eval.files import read_rows
 from rope_scaling.eval.methods import CROPPING, UNPATCHED
@@ -20,20 +19,10 @@ from rope_scaling.eval.suites import make_task
 from rope_scaling.eval.tasks import TASKS, Scores, Source, prepare
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.texts import read_texts
-from task_cases import CASES
+from task_cases import CASES, CONFIG
 
 
 TOKENIZER = load_tokenizer("demo")
-CONFIG = EvaluationConfig(
-    model="tiny",
-    data="python-reference",
-    lengths=[256, 512],
-    trained_length=256,
-    factor=2.0,
-    dtype="float32",
-    device="cpu",
-    chunk_size=512,
-)
 ANSWERED = [name for name, case in CASES.items() if case.knows is not None]
 
 

@@ -10,29 +10,18 @@ from conftest import make_model
 from planted import ByPosition, Finder, Knower
 
 from rope_scaling import RopeScalingError
-from rope_scaling.eval.config import EvaluationConfig
 from rope_scaling.eval.documents import Document, Documents
 from rope_scaling.eval.suites import check_tasks, make_task, parse_task, read_suite, suite_names
 from rope_scaling.eval.tasks import TASKS, RetrievalTask, Scores, Source
 from rope_scaling.eval.tasks.repeats import far_repeats
 from rope_scaling.hf.loading import load_tokenizer
 from rope_scaling.texts import read_texts
-from task_cases import CASES
+from task_cases import CASES, CONFIG
 
 
 TOKENIZER = load_tokenizer("demo")
 VOCAB = len(TOKENIZER)
 RETRIEVAL = [name for name, cls in TASKS.items() if issubclass(cls, RetrievalTask)]
-CONFIG = EvaluationConfig(
-    model="planted",
-    data="stdlib",
-    lengths=[256, 512],
-    trained_length=256,
-    factor=2.0,
-    dtype="float32",
-    device="cpu",
-    chunk_size=512,
-)
 
 
 def make_source(**changes):
