@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rope_scaling.attention.fused import rotate
 from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.rotation import RotaryLayout, Rotation
 from rope_scaling.attention.sequences import Segment
 
 
@@ -47,9 +48,9 @@ def blockwise_attention(
     for segment in plan.segments:
         q, v = query[segment.rows, :, segment.queries], value[segment.rows, :, segment.keys]
         k = key[segment.rows, :, segment.keys]
-        keys = [_rotated_keys(plan, segment, index, k) for index in range(len(plan.spans))]
+        bounds = [segment.bounds(span) for span in plan.spans]
         for begin in range(0, q.shape[2], _BLOCK):
-            arguments = (plan, segment, begin, q, keys, v, scaling, dropout, softcap, sinks)
+            arguments = (plan, segment, bounds, begin, q, k, v, scaling, dropout, softcap, sinks)
             block = (
                 checkpoint(_block, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _block(*arguments)
             )
@@ -61,17 +62,18 @@ def blockwise_attention(
     return out
 
 
-def _rotated_keys(plan: Plan, segment: Segment, index: int, key: torch.Tensor) -> torch.Tensor:
-    rotation = plan.key_rotation(segment, plan.spans[index])
-    return rotate(key, rotation.to(key.device) if rotation else None, plan.layout)
+def _rotate(x: torch.Tensor, rotation: Rotation | None, begin: int, end: int, layout: RotaryLayout) -> torch.Tensor:
+    """Tokens `begin .. end - 1`, which are all of `x`, by their part of a rotation."""
+    return rotate(x, rotation.part(begin, end).to(x.device) if rotation else None, layout)
 
 
 def _block(
     plan: Plan,
     segment: Segment,
+    bounds: list[tuple[torch.Tensor, torch.Tensor]],
     begin: int,
     query: torch.Tensor,
-    keys: list[torch.Tensor],
+    key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
     dropout: float,
@@ -87,33 +89,31 @@ def _block(
     if gain is not None:
         query = query * gain[begin:end, None].to(query)
     scores, values = [], []
-    for span, span_keys in zip(plan.spans, keys, strict=True):
-        first, last = (bound[begin:end] for bound in segment.bounds(span))
+    for span, span_bounds in zip(plan.spans, bounds, strict=True):
+        first, last = (bound[begin:end] for bound in span_bounds)
         sees = first <= last
         if not bool(sees.any()):
             continue
         low, high = int(first[sees].min()), int(last[sees].max()) + 1
         index = torch.arange(low, high)
         seen = (index >= first[:, None]) & (index <= last[:, None])
-        rotation = plan.query_rotation(segment, span)
-        rotated = rotate(query, rotation.part(begin, end).to(query.device) if rotation else None, plan.layout)
-        grouped = rotated.unflatten(1, (-1, groups)).flatten(2, 3)  # heads of a group as rows of one
-        score = (grouped @ span_keys[:, :, low:high].transpose(-1, -2)).to(wide) * scaling
+        queries = _rotate(query, plan.query_rotation(segment, span), begin, end, plan.layout)
+        keys = _rotate(key[:, :, low:high], plan.key_rotation(segment, span), low, high, plan.layout)
+        grouped = queries.unflatten(1, (-1, groups)).flatten(2, 3)  # heads of a group as rows of one
+        score = (grouped @ keys.transpose(-1, -2)).to(wide) * scaling
         score = score.unflatten(2, (groups, -1)).flatten(1, 2)
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         scores.append(score.masked_fill(~seen.to(score.device), -torch.inf))
         values.append(value[:, :, low:high])
+    if not values:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
     if sinks is not None:
         scores.append(sinks.to(wide)[None, :, None, None].expand(len(query), -1, end - begin, 1))
-    if not scores:
-        return query.new_zeros(*query.shape[:3], value.shape[-1])
     row = torch.cat(scores, dim=-1)
     sees_nothing = (row == -torch.inf).all(-1, keepdim=True)
     probabilities = torch.softmax(row.masked_fill(sees_nothing, 0), dim=-1).masked_fill(sees_nothing, 0)
     seen_keys = sum(part.shape[2] for part in values)
     probabilities = torch.dropout(probabilities[..., :seen_keys].to(value.dtype), dropout, dropout > 0)
     grouped = probabilities.unflatten(1, (-1, groups)).flatten(2, 3)
-    if not values:
-        return query.new_zeros(*query.shape[:3], value.shape[-1])
     return (grouped @ torch.cat(values, dim=2)).unflatten(2, (groups, -1)).flatten(1, 2)

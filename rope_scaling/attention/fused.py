@@ -1,7 +1,6 @@
 """Rotating heads and merging partial results on a GPU, each in one pass over memory (Triton), and without Triton.
 
-Measured on an H200 with 65,536 tokens of 32 heads of width 128 in bfloat16: rotating takes 4.9 ms in plain PyTorch
-and 2.1 ms under `torch.compile`, merging 3.0 and 1.7 ms; stock attention takes 59 ms, one pass over memory 0.3 ms.
+Plain PyTorch goes over memory several times for either, once for each operation and in float32.
 """
 
 from __future__ import annotations

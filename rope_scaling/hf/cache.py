@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,9 +19,18 @@ from rope_scaling.hf.layer_spans import level_of_the_caller
 from rope_scaling.spans import Span
 
 
-_warned_of_memory = False
 _SLACK = 64
 """Tokens kept beyond the window, so that assisted decoding can take back what it guessed."""
+
+
+@cache
+def _warn_of_memory(device: str) -> None:
+    """Says once a process and device that there is no memory for rotated keys."""
+    warnings.warn(
+        f"No memory to keep rotated keys beside the cache on {device}: every token rotates them again, which is "
+        "slower. Free memory, or use a method that keeps none, such as 'sliding_window' or a frequency method.",
+        stacklevel=level_of_the_caller(),
+    )
 
 
 class RetainedLayer(DynamicLayer):
@@ -178,16 +188,8 @@ class RotatedKeyCache:
         self, plan: Plan, segment: Segment, span: Span, key: torch.Tensor, begin: int, end: int
     ) -> tuple[torch.Tensor, int]:
         """The same for one call, where there is no memory to keep rotated keys in: slower, and said once."""
-        global _warned_of_memory
         self._buffers, self._used = {}, set()
-        if not _warned_of_memory:
-            _warned_of_memory = True
-            warnings.warn(
-                f"No memory to keep rotated keys beside the cache on {key.device}: every token rotates them again, "
-                "which is slower. Free memory, or use a method that keeps none, such as 'sliding_window' or "
-                "a frequency method.",
-                stacklevel=level_of_the_caller(),
-            )
+        _warn_of_memory(str(key.device))
         return rotate(key[:, :, begin:end], plan.key_rotation(segment, span, begin, end), plan.layout), begin
 
     @property

@@ -284,7 +284,7 @@ def test_without_memory_for_rotated_keys_decoding_goes_on_and_says_so(monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(rotated_cache._Buffer, "make_room", no_memory)
-    monkeypatch.setattr(rotated_cache, "_warned_of_memory", False)
+    rotated_cache._warn_of_memory.cache_clear()
     filled = DynamicCache(config=model.config)
     with pytest.warns(UserWarning, match="No memory to keep rotated keys beside the cache on cpu"):
         outs = [logits(model, part, **{CACHE_NAME: filled}) for part in ids.split([100, *[1] * 50], dim=1)]
