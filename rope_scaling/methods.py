@@ -159,7 +159,9 @@ def from_dict(data: Any) -> Method | Combination:
         elif isinstance(item, Mapping) and isinstance(item.get("name"), str):
             parts.append((item["name"], {key: value for key, value in item.items() if key != "name"}))
         else:
-            raise RopeScalingError(f"A method must be a mapping with a `name`; got {item!r}.")
+            raise RopeScalingError(
+                f"A method must be text or a mapping with a `name`, such as {{name: yarn, factor: 4}}; got {item!r}."
+            )
     return _combined(parts, extent)
 
 
