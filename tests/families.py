@@ -287,7 +287,7 @@ def _windows(model, before, steady):
         if model.config.model_type in ENCODERS:
             return _both_sides(model, after)
         layers = getattr(model.config, "num_hidden_layers", 2)
-        if not (program.silent or _recurs(model)):
+        if not (program.without_attention or _recurs(model)):
             ids = tokens()
             ids[0, 10] = (ids[0, 10] + 1) % 60
             last = 10 + layers * (WINDOW - 1)

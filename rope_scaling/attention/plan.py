@@ -127,6 +127,10 @@ class Plan:
         return torch.where(wanted == positions.double()[:, None] * per_token, host, wanted + offset * per_token)
 
 
+RotatedKeySource = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
+"""Gives a segment's keys at the angles of a span, all that its queries see there, and the index of the first."""
+
+
 def _identity(tensor: torch.Tensor | None) -> int | None:
     """A tensor as part of a key; spans keep it alive as long as the plan."""
     return None if tensor is None else id(tensor)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from rope_scaling.attention.plan import Plan, apply_rotation
+from rope_scaling.attention.plan import Plan, RotatedKeySource, apply_rotation
 from rope_scaling.attention.sequences import Segment
 from rope_scaling.attention.tiling import Schedule, make_schedule
-from rope_scaling.spans import Span
-
-
-RotatedKeySource = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
-"""Gives a segment's keys at the angles of a span, all that its queries see there, and the index of the first."""
 
 
 def schedule_of(plan: Plan, segment: Segment) -> Schedule:

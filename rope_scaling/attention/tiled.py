@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from rope_scaling.attention.plan import Plan
-from rope_scaling.attention.rotated_inputs import Inputs, RotatedKeySource, band_mask, schedule_of, wide
+from rope_scaling.attention.plan import Plan, RotatedKeySource
+from rope_scaling.attention.rotated_inputs import Inputs, band_mask, schedule_of, wide
 from rope_scaling.attention.tiled_backward import segment_backward
 from rope_scaling.attention.tiling import Piece
 

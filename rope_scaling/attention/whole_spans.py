@@ -7,7 +7,6 @@ length, and the backward pass runs the same blocks with the merged output and lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -18,14 +17,10 @@ import torch
 from rope_scaling.attention.blocks import Block, make_blocks
 from rope_scaling.attention.fused import add_rotated_, merge_, reverse_tokens, rotate
 from rope_scaling.attention.kernels import Kernels
-from rope_scaling.attention.plan import Plan
+from rope_scaling.attention.plan import Plan, RotatedKeySource
 from rope_scaling.attention.rotation import Rotation
 from rope_scaling.attention.sequences import Segment
 from rope_scaling.spans import Span
-
-
-RotatedKeys = Callable[[Segment, Span, torch.Tensor], tuple[torch.Tensor, int]]
-"""Gives a segment's keys at the angles of a span, all that its queries see there, and the index of the first."""
 
 
 def whole_span_attention(
@@ -37,7 +32,7 @@ def whole_span_attention(
     kernels: Kernels,
     *,
     sinks: torch.Tensor | None = None,
-    rotated_keys: RotatedKeys | None = None,
+    rotated_keys: RotatedKeySource | None = None,
 ) -> torch.Tensor:
     """Attention as the spans define it, with memory linear in the length.
 
@@ -140,7 +135,7 @@ def _run(
     plan: Plan,
     scaling: float,
     kernels: Kernels,
-    rotated_keys: RotatedKeys | None = None,
+    rotated_keys: RotatedKeySource | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and the log-sum-exp of every query (`[B, H, T]`, float32, `-inf` for those that see nothing)."""
     result = _Result(query)
@@ -253,7 +248,7 @@ class _Rotated:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        rotated_keys: RotatedKeys | None = None,
+        rotated_keys: RotatedKeySource | None = None,
     ):
         self.task = task
         segment, layout = task.segment, task.plan.layout

@@ -27,7 +27,7 @@ from rope_scaling.attention.sequences import Document, KeyStore, read_documents,
 from rope_scaling.attention.tiled import tiled_attention
 from rope_scaling.attention.whole_spans import whole_span_attention
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.bidirectional import WindowProgram, both_ways
+from rope_scaling.hf.bidirectional import WindowProgram, bidirectional_error
 from rope_scaling.hf.cache import can_retain, key_store, retain, rotated_keys_of
 from rope_scaling.hf.compat import cache_argument, is_exporting, take_cache
 from rope_scaling.hf.compiled import TracedCall, no_positions_in_a_cache, trace, traceable
@@ -129,7 +129,7 @@ class Call:
         return rotated_keys_of(self.cache.layers[layer], self.program)
 
 
-class UnheardError(RopeScalingError):
+class MissingHookError(RopeScalingError):
     """The attention function was called without the keyword argument that the decoder hook adds."""
 
 
@@ -183,7 +183,7 @@ class DecoderHook:
             call.cache, call.past = cache, past
             call.stores = [
                 KeyStore()
-                if index in self.program.silent
+                if index in self.program.without_attention
                 else key_store(layer, cache, length, index, self.program.kinds[self.program.kind_of[index]].retained)
                 for index, layer in zip_longest(range(len(self.program.layers)), cache.layers)
                 if index is not None
@@ -199,7 +199,11 @@ class DecoderHook:
         if not any(bounds):
             return cache
         if cache is None:
-            if not _keeps(module, kwargs) or (torch.is_grad_enabled() and module.training) or self.program.silent:
+            if (
+                not _keeps(module, kwargs)
+                or (torch.is_grad_enabled() and module.training)
+                or self.program.without_attention
+            ):
                 return None  # recurrent layers need caches of the model's own making
             cache = DynamicCache(config=module.config)
         if can_retain(cache):
@@ -258,14 +262,14 @@ def span_attention(
     """
     call = kwargs.get(CALL)
     if call is None:
-        raise UnheardError(
+        raise MissingHookError(
             f"{type(module).__name__} has the attention of a patched model, but its decoder has no hook: the hook was "
             "removed, or this model was built from a patched model's config. Patch it (`rope_scaling.patch(model)` "
             "patches as the config records), or give it stock attention with "
             "`model.set_attn_implementation('sdpa')`."
         )
     if not getattr(module, "is_causal", True):
-        _note_both_ways(type(module).__name__)
+        _note_bidirectional(type(module).__name__)
     for name in ("position_bias", "cache", "block_table", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
             raise RopeScalingError(
@@ -289,8 +293,8 @@ def _attend(
     value: torch.Tensor,
     *settings: Any,
 ) -> torch.Tensor:
-    noted = NOTED.get()
-    layer: Any = getattr(module, "layer_idx", None) if noted and noted.both_ways else module.layer_idx
+    facts = PROBE_FACTS.get()
+    layer: Any = getattr(module, "layer_idx", None) if facts and facts.is_bidirectional else module.layer_idx
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # As stock attention does; the model may hand over queries in float32 and values in bfloat16.
@@ -301,16 +305,16 @@ def _attend(
 
 
 @dataclass
-class Noted:
+class ProbeFacts:
     """Facts recorded while a model is probed."""
 
     windows: set[int] = field(default_factory=set)
     """Tokens of the windows and chunks that it asks masks for."""
-    both_ways: bool = False
+    is_bidirectional: bool = False
     """Whether its attention is not causal."""
 
 
-NOTED: ContextVar[Noted | None] = ContextVar("noted", default=None)
+PROBE_FACTS: ContextVar[ProbeFacts | None] = ContextVar("facts", default=None)
 """Set while a model is looked at."""
 
 
@@ -332,21 +336,21 @@ def no_mask(
             "This model adds its own pattern to the causal mask, which spans cannot express. Frequency "
             "methods work on it."
         )
-    noted = None if torch.compiler.is_dynamo_compiling() else NOTED.get()  # no graph holds a context variable
-    if noted is not None:
+    facts = None if torch.compiler.is_dynamo_compiling() else PROBE_FACTS.get()  # no graph holds a context variable
+    if facts is not None:
         if local_size:
-            noted.windows.add(local_size)
+            facts.windows.add(local_size)
         row, query, key = (torch.tensor(index) for index in (0, 0, 1))
         if mask_function is not None and bool(mask_function(row, row, query, key)):
-            noted.both_ways = True
+            facts.is_bidirectional = True
     return attention_mask
 
 
-def _note_both_ways(name: str) -> None:
-    noted = NOTED.get()
-    if noted is None:
-        raise both_ways(name)
-    noted.both_ways = True
+def _note_bidirectional(name: str) -> None:
+    facts = PROBE_FACTS.get()
+    if facts is None:
+        raise bidirectional_error(name)
+    facts.is_bidirectional = True
 
 
 AttentionInterface.register(NAME, span_attention)

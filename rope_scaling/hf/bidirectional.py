@@ -12,7 +12,7 @@ from rope_scaling.hf.compat import and_masks, sdpa_attention_forward, sdpa_mask
 from rope_scaling.spans import SlidingWindow, SpanMethod
 
 
-def both_ways(name: str) -> RopeScalingError:
+def bidirectional_error(name: str) -> RopeScalingError:
     """The error for attention that is not causal."""
     return RopeScalingError(
         f"{name} uses bidirectional attention; span methods and temperatures require causal attention. Frequency "
@@ -58,5 +58,5 @@ def window_program(decoder: Any, methods: tuple[SpanMethod, ...], temperature: A
     """
     only = methods[0] if len(methods) == 1 and temperature is None else None
     if not isinstance(only, SlidingWindow) or only.num_sinks:
-        raise both_ways(type(decoder).__name__)
+        raise bidirectional_error(type(decoder).__name__)
     return WindowProgram(methods, only.window or reach)

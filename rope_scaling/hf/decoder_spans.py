@@ -66,7 +66,7 @@ def _program(decoder: Any, slots: list[Slot], patched: Mapping[SlotKey, SlotPatc
     chunks = [getattr(layer, "attention_chunk_size", None) for layer in layer_configs(config)]
     inv_freqs = [_frequencies_now(slot) for slot in slots]
     detected = detect_layouts(decoder, inv_freqs, silent)
-    if detected.noted.both_ways:
+    if detected.facts.is_bidirectional:
         reach = next(iter(patched.values())).pretrained.reach
         return window_program(decoder, methods.spans, methods.temperature, reach)
     if odd := sorted({types[index] for index in silent if index in detected.heard}):
@@ -80,8 +80,8 @@ def _program(decoder: Any, slots: list[Slot], patched: Mapping[SlotKey, SlotPatc
         index, layout = rotation or (0, RotaryLayout(2 * len(slots[0].inv_freq)))
         index = _slot_of_layer(slots, inv_freqs, index, kind)
         # A config without layer types and with a window has it in every layer, or states one that is never used.
-        window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in detected.noted.windows else None
-        chunk = chunks[place] if kind in _CHUNKED and chunks[place] in detected.noted.windows else None
+        window = windows[place] if kind in {None, *_WINDOWED} and windows[place] in detected.facts.windows else None
+        chunk = chunks[place] if kind in _CHUNKED and chunks[place] in detected.facts.windows else None
         rope = ropes[index] if rotation else None
         layers.append(Layer(rope, layout, slots[index].key in patched, window, chunk, place not in silent))
     if not any(layer.rope for layer in layers if layer.scaled):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import CALL, NOTED, Call, installed
+from rope_scaling.hf.attention import CALL, PROBE_FACTS, Call, installed
 from rope_scaling.hf.cache import check_keys, remember_keys
 from rope_scaling.hf.compat import attention_implementation, caches_of
 from rope_scaling.hf.configs import RECORD_KEY
@@ -84,7 +84,7 @@ class Guard:
                     f"{self._implementation_changed(decoder, attention_implementation(decoder.config))} {_AGAIN}"
                 )
             return
-        if NOTED.get() is not None:
+        if PROBE_FACTS.get() is not None:
             return  # the model is being probed, with stub attention
         for problem in self.problems(decoder):
             raise RopeScalingError(f"{problem} {_AGAIN}")
@@ -97,7 +97,7 @@ class Guard:
         Raises:
             RopeScalingError: the attention of a layer did not come through the engine.
         """
-        if not torch.compiler.is_compiling() and NOTED.get() is None:
+        if not torch.compiler.is_compiling() and PROBE_FACTS.get() is None:
             if isinstance(call := kwargs.get(CALL), Call) and not decoder.training:
                 self._check_attended(decoder, call)
             for cache in caches_of(decoder, args, kwargs, output):
@@ -150,8 +150,8 @@ class Guard:
 
     def _check_attended(self, decoder: Any, call: Call) -> None:
         count = min(len(self.program.layers), decoder.config.num_hidden_layers)  # fewer in an early exit
-        if len(call.attended) < count - len(self.program.silent):
-            missed = min(set(range(count)) - call.attended - self.program.silent)
+        if len(call.attended) < count - len(self.program.without_attention):
+            missed = min(set(range(count)) - call.attended - self.program.without_attention)
             raise RopeScalingError(
                 f"The attention of layer {missed} of {type(decoder).__name__} was computed by other code: its "
                 f"`forward` was replaced, so {self.method} had no effect there. {_AGAIN}"

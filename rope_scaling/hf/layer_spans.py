@@ -58,7 +58,7 @@ class SpanProgram:
 
     def __init__(self, methods: tuple[SpanMethod, ...], temperature: Temperature | None, layers: list[Layer]):
         self.methods, self.temperature, self.layers = methods, temperature, layers
-        self.silent = {index for index, layer in enumerate(layers) if not layer.attends}
+        self.without_attention = {index for index, layer in enumerate(layers) if not layer.attends}
         self.reach = self._reach()
         self._warned: set[str] = set()
         self.kernels: dict[str, str] = {}

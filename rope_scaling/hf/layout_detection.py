@@ -23,7 +23,7 @@ from torch import nn
 
 from rope_scaling.attention.rotation import RotaryLayout, Rotation
 from rope_scaling.errors import RopeScalingError
-from rope_scaling.hf.attention import CALL, NAME, NOTED, Noted, UnheardError
+from rope_scaling.hf.attention import CALL, NAME, PROBE_FACTS, MissingHookError, ProbeFacts
 from rope_scaling.hf.compat import attention_implementation
 from rope_scaling.hf.pretrained_rope import frequencies_from_config
 from rope_scaling.hf.rotary import rotary_slots
@@ -56,7 +56,7 @@ class DetectedLayouts:
     does not rotate."""
     heard: set[int]
     """Layers whose attention was called."""
-    noted: Noted
+    facts: ProbeFacts
 
 
 def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collection[int] = ()) -> DetectedLayouts:
@@ -74,7 +74,7 @@ def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collecti
     """
     count = decoder.config.num_hidden_layers
     runnable = with_weights(decoder)
-    still, moved, noted = _observe(runnable)
+    still, moved, facts = _observe(runnable)
     if missing := [index for index in range(count) if index not in still and index not in silent]:
         raise RopeScalingError(
             f"The attention of {len(missing)} of the {count} layers of {type(decoder).__name__} (the first: layer "
@@ -88,7 +88,7 @@ def detect_layouts(decoder: Any, inv_freqs: list[torch.Tensor], silent: Collecti
         else None
         for index in range(count)
     ]
-    return DetectedLayouts(layouts, set(still), noted)
+    return DetectedLayouts(layouts, set(still), facts)
 
 
 def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
@@ -109,10 +109,10 @@ def rotating_layers(decoder: Any) -> tuple[list[bool], set[int]] | None:
     if hasattr(next(runnable.parameters()), "device_mesh"):  # sharded: running it takes all processes
         return None
     with suppress(RopeScalingError):
-        still, moved, noted = _observe(runnable)
+        still, moved, facts = _observe(runnable)
         if len(still) == count:
             pairs = [(moved[index], still[index]) for index in range(count)]
-            return [not all(map(torch.equal, *pair)) for pair in pairs], noted.windows
+            return [not all(map(torch.equal, *pair)) for pair in pairs], facts.windows
     try:
         with _evaluating(runnable):
             still_out, moved_out = (_hidden(runnable, positions) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
@@ -192,19 +192,19 @@ def _evaluating(decoder: Any) -> Iterator[None]:
             module.training = True
 
 
-def _observe(decoder: Any) -> tuple[dict[int, _Seen], dict[int, _Seen], Noted]:
-    """Queries and keys of every layer, with all tokens at position 0 and at other positions; and what was noted."""
+def _observe(decoder: Any) -> tuple[dict[int, _Seen], dict[int, _Seen], ProbeFacts]:
+    """Queries and keys of every layer, with all tokens at position 0 and at other positions; and the facts recorded meanwhile."""
     before = attention_implementation(decoder.config)
-    noted = Noted()
-    noting = NOTED.set(noted)
+    facts = ProbeFacts()
+    token = PROBE_FACTS.set(facts)
     try:
         with _evaluating(decoder):
             decoder.set_attn_implementation(NAME)
             still, moved = (_run(decoder, positions) for positions in ((0,) * len(_POSITIONS), _POSITIONS))
     finally:
-        NOTED.reset(noting)
+        PROBE_FACTS.reset(token)
         decoder.set_attn_implementation(before)
-    return still, moved, noted
+    return still, moved, facts
 
 
 def _hidden(decoder: Any, positions: tuple[int, ...]) -> torch.Tensor:
@@ -240,7 +240,7 @@ def _run(decoder: Any, positions: tuple[int, ...]) -> dict[int, _Seen]:
             try:
                 decoder(**inputs)
                 return probe.seen
-            except UnheardError as error:
+            except MissingHookError as error:
                 raise RopeScalingError(
                     f"{type(decoder).__name__} does not hand its keyword arguments on to its attention, so spans "
                     "cannot be applied to it. Frequency methods work on it."

@@ -74,7 +74,7 @@ class Patch:
         """Changes a model, in place of the patch that it carries, and verifies the change by reading it back.
 
         Raises:
-            RopeScalingError: the model has not the modules that the patch is for, or a change did not take effect; the
+            RopeScalingError: the model lacks the modules that the patch is for, or a change did not take effect; the
                 model is left as it was.
         """
         slots = rotary_slots(model)
