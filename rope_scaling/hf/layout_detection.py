@@ -193,7 +193,7 @@ def _evaluating(decoder: Any) -> Iterator[None]:
 
 
 def _observe(decoder: Any) -> tuple[dict[int, _Seen], dict[int, _Seen], ProbeFacts]:
-    """Queries and keys of every layer, with all tokens at position 0 and at other positions; and the facts recorded meanwhile."""
+    """Queries and keys of every layer, with all tokens at position 0 and at other positions; and what was recorded."""
     before = attention_implementation(decoder.config)
     facts = ProbeFacts()
     token = PROBE_FACTS.set(facts)
